@@ -1,0 +1,1 @@
+"""Hessian products and spectra, and what a Gaussian approximation predicts from them."""

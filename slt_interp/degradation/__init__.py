@@ -1,0 +1,1 @@
+"""Ways to damage a network by degrees, and comparing them at equal damage."""

@@ -1,0 +1,127 @@
+"""Settings that a sampler can derive for itself. Simple for now: one step size from the curvature that is met."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key
+
+from slt_interp.curvature.operators import hvp
+from slt_interp.data import Batch
+from slt_interp.errors import InputError
+from slt_interp.posterior import LocalPosterior, LossFn
+from slt_interp.samplers.chains import sample
+from slt_interp.samplers.sgld import SGLD
+from slt_interp.tree import Params, dimension, dot, norm, normal_like
+
+
+def customary_nbeta(num_examples: int | None) -> float:
+    """Return n / log n, the inverse temperature of WBIC (Watanabe 2013), with n the size of the whole dataset.
+
+    >>> round(customary_nbeta(1000), 2)
+    144.76
+    """
+    if num_examples is None or num_examples < 3:
+        raise InputError(
+            f"nbeta has no default with {num_examples or 'no'} examples: give nbeta, the number of examples times the "
+            "inverse temperature"
+        )
+    return num_examples / float(np.log(num_examples))
+
+
+def settled_step_size(
+    key: Key[Array, ""],
+    target: LocalPosterior,
+    params: Params,
+    batches: Callable[[Key[Array, ""]], Batch],
+    *,
+    tolerance: float = 0.025,
+) -> float:
+    """Choose SGLD's step_size so that discretization adds about `tolerance` times the estimate, and chains are stable.
+
+    On a quadratic loss the step adds (step_size / 8) nbeta tr H to E[nbeta (L - L*)], and chains diverge beyond
+    4 / (nbeta h + gamma), h the largest curvature. Both are measured where chains live, not only at the center, where at
+    a singular point they may vanish: first at points of the base measure, drawn in until nbeta (L - L*) there is at
+    most the dimension, then twice at the ends of short chains that run with the step so far. Steps stay below half the
+    limit of stability. Minibatch noise is not allowed for.
+    """
+    batch_key, point_key, *keys = jax.random.split(key, 2 + 1 + 2 * _PILOT_ROUNDS)
+    batch = batches(batch_key)
+    points = jax.vmap(lambda k: target.base.sample(k, params))(jax.random.split(point_key, _PILOT_CHAINS))
+    step_size = _largest_step(keys[0], target, params, _draw_in(target, params, points, batch), batch, tolerance)
+    for chain_key, curvature_key in zip(keys[1::2], keys[2::2], strict=True):
+        pilot = sample(
+            chain_key,
+            SGLD(target, step_size),
+            params,
+            batches,
+            num_chains=_PILOT_CHAINS,
+            num_draws=1,
+            thinning=_PILOT_STEPS,
+            num_burnin=_PILOT_STEPS,
+            progress=False,
+        )
+        step_size = _largest_step(curvature_key, target, params, pilot.state.params, batch, tolerance)
+    return step_size
+
+
+_PILOT_ROUNDS, _PILOT_CHAINS, _PILOT_STEPS = 2, 4, 100
+
+_POWER_ITERATIONS, _TRACE_PROBES = 12, 4
+
+
+def _draw_in(target: LocalPosterior, params: Params, points: Params, batch: Batch) -> Params:
+    """Draw points in toward `params` until their mean energy nbeta (L - L*) is at most the dimension."""
+    highest = float(_losses(target, jax.tree.map(lambda w: w[None], params), batch)[0])
+    highest += float(target.dimension()) / float(target.nbeta)
+    while float(jnp.mean(_losses(target, points, batch))) > highest:
+        points = jax.tree.map(lambda w, x: w + 0.7 * (x - w), params, points)
+    return points
+
+
+@jax.jit
+def _losses(target: LocalPosterior, points: Params, batch: Batch) -> Float[Array, " point"]:
+    return jax.lax.map(lambda point: target.loss(point, batch), points)
+
+
+def _largest_step(
+    key: Key[Array, ""], target: LocalPosterior, params: Params, points: Params, batch: Batch, tolerance: float
+) -> float:
+    around = jax.tree.map(lambda w, x: jnp.concatenate([w[None], x]), params, points)
+    measured = _measure_curvature(key, target.loss_fn, around, batch)
+    losses, curvatures, traces = (np.asarray(x, np.float64) for x in measured)
+    nbeta = float(target.nbeta)
+    # On one batch, so that its noise drops out of the difference.
+    energy = nbeta * float(losses[1:].mean() - losses[0])
+    stiffness = max(float(jnp.max(jnp.asarray(scale) ** -2.0)) for scale in jax.tree.leaves(target.base.scale))
+    stable = 2.0 / (nbeta * max(curvatures[0], curvatures[1:].mean()) + stiffness)
+    added_per_step = nbeta * max(traces[0], traces[1:].mean()) / 8
+    if energy <= 0 or added_per_step <= 0:
+        return stable
+    return min(stable, tolerance * energy / added_per_step)
+
+
+@functools.partial(jax.jit, static_argnames=("loss_fn",))
+def _measure_curvature(
+    key: Key[Array, ""], loss_fn: LossFn, points: Params, batch: Batch
+) -> tuple[Float[Array, " point"], Float[Array, " point"], Float[Array, " point"]]:
+    """Loss, largest absolute Hessian eigenvalue (power iteration) and trace (Hutchinson's estimate) at each point."""
+
+    def one(point: Params) -> tuple[Array, Array, Array]:
+        def iterate(_: int, carry: tuple[Params, Array]) -> tuple[Params, Array]:
+            product = hvp(loss_fn, point, batch, carry[0])
+            size = norm(product)
+            return jax.tree.map(lambda x: (x / jnp.where(size > 0, size, 1.0)).astype(x.dtype), product), size
+
+        def probe(key: Key[Array, ""]) -> Array:
+            z = normal_like(key, point)
+            return dot(z, hvp(loss_fn, point, batch, z)) / dot(z, z) * dimension(point)
+
+        start = normal_like(key, point)
+        start = jax.tree.map(lambda x: (x / norm(start)).astype(x.dtype), start)
+        largest = jax.lax.fori_loop(0, _POWER_ITERATIONS, iterate, (start, jnp.zeros(())))[1]
+        return loss_fn(point, batch), largest, jnp.mean(jax.lax.map(probe, jax.random.split(key, _TRACE_PROBES)))
+
+    return jax.lax.map(one, points)

@@ -1,0 +1,1 @@
+"""Small networks with named activation sites."""

@@ -1,0 +1,57 @@
+"""A multilayer perceptron in flax nnx, seen by the rest of the package as a pytree of weights and functions of it."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float, Key
+
+from slt_interp.taps import Tap, no_tap
+from slt_interp.tree import Params
+
+
+@dataclass(frozen=True)
+class MLP:
+    """A ReLU network of the given widths, inputs and outputs included; the site `layer1` is the first hidden layer.
+
+    Two networks of equal widths are equal, so that jitted functions of them are shared.
+
+    >>> network = MLP((16, 16, 16, 16, 2))
+    >>> network.sites
+    ('layer1', 'layer2', 'layer3')
+    >>> params = network.init(jax.random.key(0))
+    >>> network.apply(params, jax.numpy.ones((5, 16))).shape
+    (5, 2)
+    """
+
+    widths: tuple[int, ...]
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Names of the hidden layers, whose activations follow the ReLU."""
+        return tuple(f"layer{i + 1}" for i in range(len(self.widths) - 2))
+
+    @partial(jax.jit, static_argnums=0)
+    def init(self, key: Key[Array, ""]) -> Params:
+        """Draw initial weights (flax's defaults): {"layers": {i: {"kernel": (in, out), "bias": (out,)}}}."""
+        return nnx.to_pure_dict(nnx.state(_Module(self.widths, nnx.Rngs(key)), nnx.Param))
+
+    def apply(self, params: Params, inputs: Float[Array, "example input"], tap: Tap = no_tap) -> Float[Array, "example output"]:
+        """Compute the logits, calling `tap` at every hidden layer."""
+        graph = nnx.graphdef(nnx.eval_shape(lambda: _Module(self.widths, nnx.Rngs(0))))
+        return nnx.merge(graph, params)(inputs, tap)
+
+
+class _Module(nnx.Module):
+    def __init__(self, widths: Sequence[int], rngs: nnx.Rngs):
+        self.layers = nnx.List([nnx.Linear(a, b, rngs=rngs) for a, b in itertools.pairwise(widths)])
+
+    def __call__(self, inputs: Array, tap: Tap) -> Array:
+        *hidden, head = self.layers
+        activation = inputs
+        for i, layer in enumerate(hidden):
+            activation = tap(f"layer{i + 1}", jax.nn.relu(layer(activation)))
+        return head(activation)

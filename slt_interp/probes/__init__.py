@@ -1,0 +1,1 @@
+"""Interpretability probes: functions of weights that run over posterior draws."""

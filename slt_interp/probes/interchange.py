@@ -1,0 +1,118 @@
+"""Interchange interventions, which test whether a subspace of an activation carries a causal variable.
+
+At one site, rotate the activation h to r = h R, overwrite the coordinates that a mask gives to a variable with those of
+a source input, and rotate back: r' = r_base (1 - sum_v m_v) + sum_v r_source_v m_v, h' = r' R^T. If the coordinates carry the
+variable, the network now answers as the causal model does with that variable's value taken from the source. The share
+of examples where it does is the interchange intervention accuracy (IIA).
+
+Rotation, masks and examples are data, so that everything maps over them.
+
+References:
+    Geiger et al. (2021), Causal abstractions of neural networks, arXiv:2106.02997.
+    Geiger et al. (2023), arXiv:2303.02536, definitions 3.1 to 3.3.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from slt_interp.data import Counterfactuals
+from slt_interp.taps import Network, record, replace
+from slt_interp.tree import Params
+
+
+class Alignment(NamedTuple):
+    """Which directions of an activation are claimed to carry which variable.
+
+    Attributes:
+        rotation: orthogonal matrix R; its columns are directions in activation space.
+        masks: for each variable, 1 at the columns that carry it; no column has two owners.
+    """
+
+    rotation: Float[Array, "width width"]
+    masks: Float[Array, "variable width"]
+
+
+def block_masks(sizes: tuple[int, ...], width: int) -> Float[Array, "variable width"]:
+    """Give the first columns to the first variable, the next to the second, and so on.
+
+    >>> block_masks((1, 2), 4).tolist()
+    [[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 1.0, 0.0]]
+    """
+    if sum(sizes) > width:
+        raise ValueError(f"{sum(sizes)} directions were asked for {sizes}, but the activation has {width}: ask for fewer")
+    owner = jnp.repeat(jnp.arange(len(sizes)), jnp.array(sizes), total_repeat_length=sum(sizes))
+    return jnp.zeros((len(sizes), width)).at[owner, jnp.arange(sum(sizes))].set(1.0)
+
+
+def interchange(
+    network: Network, params: Params, site: str, alignment: Alignment, examples: Counterfactuals
+) -> Float[Array, "example output"]:
+    """Compute the logits on the base inputs with every variable's coordinates taken from its source.
+
+    Args:
+        network: anything with `apply(params, inputs, tap)`.
+        params: its weights.
+        site: where to intervene; the activation there is (example, width).
+        alignment: rotation and masks.
+        examples: base and source inputs.
+
+    Raises:
+        ValueError: if the network has no such site, or the alignment does not fit the activation.
+    """
+    check_site(network, site)
+    num_variables = examples.sources.shape[1]
+    sources = examples.sources.swapaxes(0, 1).reshape(-1, *examples.sources.shape[2:])
+    activations = record(network, params, sources)[1][site]
+    _check_width(alignment, activations.shape[-1], num_variables, site)
+    activations = activations.reshape(num_variables, -1, activations.shape[-1])
+
+    def patch(base: Float[Array, "example width"]) -> Float[Array, "example width"]:
+        # h' = h + sum_v (h_source_v - h) P_v with P_v = R diag(m_v) R^T: with source = base nothing changes, exactly.
+        moved = ((activations - base) @ alignment.rotation) * alignment.masks[:, None, :]
+        return base + moved.sum(axis=0) @ alignment.rotation.T
+
+    return network.apply(params, examples.base, replace(site, patch))
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["alignment", "examples"], meta_fields=["network", "site"])
+@dataclass(frozen=True)
+class InterchangeProbe:
+    """The probe `(key, params) -> {"iia", "accuracy"}` for one alignment; give it to `over_draws`.
+
+    `iia` is the share of examples where the network answers as the intervened causal model, `accuracy` the share of
+    base inputs that it answers right without intervention.
+    """
+
+    network: Network
+    site: str
+    alignment: Alignment
+    examples: Counterfactuals
+
+    def __call__(self, key: Key[Array, ""], params: Params) -> dict[str, Float[Array, ""]]:
+        """Measure at one weight vector."""
+        del key
+        patched = interchange(self.network, params, self.site, self.alignment, self.examples)
+        plain = self.network.apply(params, self.examples.base)
+        return {
+            "iia": jnp.mean(patched.argmax(axis=-1) == self.examples.labels),
+            "accuracy": jnp.mean(plain.argmax(axis=-1) == self.examples.base_labels),
+        }
+
+
+def check_site(network: Network, site: str) -> None:
+    """Raise ValueError, listing the sites, if the network has no such site."""
+    if site not in network.sites:
+        raise ValueError(f"the network has no site {site!r}: choose one of {', '.join(network.sites)}")
+
+
+def _check_width(alignment: Alignment, width: int, num_variables: int, site: str) -> None:
+    if alignment.rotation.shape != (width, width) or alignment.masks.shape != (num_variables, width):
+        raise ValueError(
+            f"the alignment has a rotation of shape {alignment.rotation.shape} and masks of shape {alignment.masks.shape}, "
+            f"but {site} has width {width} and the examples have {num_variables} variables: fit it at this site"
+        )

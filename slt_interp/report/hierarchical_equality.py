@@ -1,0 +1,304 @@
+"""The report of the study `hierarchical-equality`: its sentences and figures, all computed from the run directory."""
+
+from decimal import Decimal
+from typing import Any
+
+import numpy as np
+
+from slt_interp.curvature.gaussian import gaussian_llc
+from slt_interp.estimators.llc import OK
+from slt_interp.report import figures
+from slt_interp.report.page import Page, Section
+from slt_interp.storage import RunDirectory
+
+Results = dict[str, Any]
+
+DIALS = {"posterior": "tempered posterior", "weight_noise": "Gaussian weight noise"}
+
+SYMBOLS = (
+    ("L, L*", "mean loss over the n fixed examples, in nats per example; L* is its value at the center"),
+    ("center, w*", "the trained and polished weights"),
+    ("nβ", "number of examples n times the inverse temperature β of the posterior"),
+    ("γ", "localization: the posterior carries the prior N(w*, 1/γ) on every weight"),
+    ("tempered posterior", "p(w) ∝ exp(−nβ (L(w) − L*) − γ |w − w*|² / 2)"),
+    ("LLC", "local learning coefficient, estimated as nβ E[L − L*] under the tempered posterior; dimensionless"),
+    ("SGLD", "stochastic gradient Langevin dynamics, the sampler"),
+    ("ESS, R-hat", "effective number of independent draws; agreement of chains (1 is perfect)"),
+    ("virial ratio", "E[(w − w*) · ∇U] / d, with U = −ln p and d the number of weights: 1 if the chains are in equilibrium"),
+    ("IIA", "interchange intervention accuracy: how often the network answers as the causal model does after a patch"),
+    (
+        "dial, level",
+        "a way to damage the network, and how far it is turned: nβ for the posterior, a standard deviation for noise",
+    ),
+    ("excess loss", "mean of L − L* over the damaged networks, in nats per example"),
+    ("rank", "number of Hessian eigenvalues above rounding error (or the threshold given)"),
+)
+
+
+def page(run: RunDirectory) -> Page:
+    """Compose the report."""
+    results = run.results
+    sections = (
+        _training(results, run),
+        _llc(results, run),
+        _against_hessian(results, run),
+        _spectrum(results, run),
+        _volume(results, run),
+        _degradation(results),
+    )
+    return Page(
+        title="Hierarchical equality: the basin of a trained network, and a circuit in it",
+        findings=findings(results),
+        sections=sections,
+        symbols=SYMBOLS,
+    )
+
+
+def findings(results: Results) -> tuple[str, ...]:
+    """Answer the study's questions, one sentence each."""
+    estimate, spectrum = results["llc"], results["spectrum"]
+    answers = [
+        f"The network answers {results['training']['accuracy']:.3%} of fresh examples right.",
+        f"Its LLC is {estimate['llc']:.1f} ± {estimate['std_error']:.1f} at nβ = {estimate['nbeta']:.0f} and γ = "
+        f"{estimate['localization']:g} ({_status(estimate)}), {_compare(estimate, spectrum)}.",
+        _rank_sentence(spectrum),
+    ]
+    answers += [_survival_sentence(results, site) for site in results["alignment"]["sites"]]
+    return tuple(answers)
+
+
+def _training(results: Results, run: RunDirectory) -> Section:
+    training, polish = results["training"], results["polish"]
+    arrays = run.arrays("training")
+    floor = training["floor"]
+    figure = figures.training_curve(
+        arrays["steps"],
+        (arrays["test_loss"] - floor, arrays["test_loss_std_error"]),
+        (1 - arrays["test_accuracy"], arrays["test_accuracy_std_error"]),
+        arrays["train_loss"] - floor,
+    )
+    drop = polish["grad_norm_before"] / polish["grad_norm_after"]
+    sentences = (
+        f"After {training['num_examples_seen']:,} fresh examples the loss is {training['excess_loss']:.2g} nats above its "
+        f"floor of {floor:.4f} nats (the entropy of the smoothed labels), and {training['accuracy']:.4%} of "
+        f"{training['num_test']:,} fresh examples are answered right.",
+        f"Polishing on the fixed examples moved the weights by {polish['distance']:.2g} (their norm is {polish['norm']:.3g}), "
+        f"lowered the loss above the floor from {polish['excess_before']:.2g} to {polish['excess_after']:.2g} nats and the gradient "
+        f"norm from {polish['grad_norm_before']:.2g} to {polish['grad_norm_after']:.2g}, {drop:.3g} times less.",
+        "Bars are two standard errors over the fresh examples; the minibatch curve shows its own scatter.",
+    )
+    return Section("Training and polishing", sentences, figure)
+
+
+def _llc(results: Results, run: RunDirectory) -> Section:
+    estimate, spectrum = results["llc"], results["spectrum"]
+    diagnostics = estimate["diagnostics"]
+    arrays = run.arrays("llc")
+    energy = estimate["nbeta"] * (arrays["loss"].astype(np.float64) - estimate["init_loss"])
+    figure = figures.chain_traces(
+        energy,
+        arrays["squared_distance"],
+        estimate["num_burnin"],
+        estimate["thinning"],
+        _number(spectrum["gaussian_llc"]),
+    )
+    sentences = (
+        f"{diagnostics['num_chains_used']} of {diagnostics['num_chains']} chains agree on an LLC of {estimate['llc']:.2f} ± "
+        f"{estimate['std_error']:.2f} (ESS {_show(estimate['ess'], '.0f')}, R-hat {_show(estimate['rhat'], '.3f')}): {_status(estimate)}."
+        if estimate["status"] == OK
+        else f"{diagnostics['num_chains_used']} of {diagnostics['num_chains']} chains give an LLC of {estimate['llc']:.2f} ± "
+        f"{estimate['std_error']:.2f} (ESS {_show(estimate['ess'], '.0f')}, R-hat {_show(estimate['rhat'], '.3f')}), with the verdict: "
+        f"{estimate['status']}.",
+        *(f"Warning: {warning}." for warning in estimate["warnings"]),
+        f"The virial ratio is {diagnostics['virial']:.3f} ± {diagnostics['virial_std_error']:.3f}, {diagnostics['virial_loss']:.3f} of it "
+        f"from the loss and {diagnostics['virial_localization']:.3f} from the localization.",
+        f"Draws lie {diagnostics['rms_distance']:.2g} from the center (root mean square), {diagnostics['rms_distance'] / estimate['norm']:.0%} "
+        "of the norm of the weights.",
+        f"On the quadratic that the Hessian describes, the step size of {estimate['step_size']:.2g} would add "
+        f"{_show(estimate['gaussian_step_bias'], '.2f')} to the estimate.",
+        f"L* = {estimate['init_loss']:.7f} nats, over all examples: the same ones enter both terms of L − L*, so its sampling error, "
+        f"{_show(estimate['init_loss_sampling_error'], '.1g')} nats, is no part of the LLC's.",
+    )
+    return Section("The local learning coefficient by SGLD", sentences, figure)
+
+
+def _against_hessian(results: Results, run: RunDirectory) -> Section:
+    estimate, spectrum, levels = results["llc"], results["spectrum"], results["degradation"]["levels"]
+    values = run.arrays("spectrum")["ritz_values"][0]
+    estimates = sorted([estimate, *(level["estimate"] for level in levels)], key=lambda e: e["nbeta"])
+    nbetas = np.array([e["nbeta"] for e in estimates])
+    grid = np.geomspace(nbetas.min() / 1.5, nbetas.max() * 1.5, 60)
+    curve = np.array([gaussian_llc(values, np.ones_like(values), n, estimate["localization"]) for n in grid])
+    ranks = [entry["rank"] for entry in spectrum["rank_at"]]
+    figure = figures.llc_against_hessian(
+        nbetas,
+        np.array([e["llc"] for e in estimates]),
+        np.array([_number(e["std_error"]) for e in estimates]),
+        [e["status"] == OK for e in estimates],
+        (grid, curve),
+        (min(ranks), max(ranks)),
+        spectrum["dimension"],
+    )
+    ratios = [
+        (e["llc"] / float(gaussian_llc(values, np.ones_like(values), e["nbeta"], e["localization"])), e["nbeta"])
+        for e in estimates
+    ]
+    low, high = min(ratios), max(ratios)
+    full = f"The full-batch run at nβ = {estimate['nbeta']:.0f} is {_compare(estimate, spectrum)}."
+    sentences = (
+        f"Over nβ from {nbetas.min():.0f} to {nbetas.max():.0f}, the sampled LLC is between {low[0]:.2f} (at nβ = {low[1]:.0f}) and "
+        f"{high[0]:.2f} times (at nβ = {high[1]:.0f}) what the Hessian at w* predicts for the same nβ and γ.",
+        full,
+        f"The other values come from the chains of section 6: minibatches, and steps that may add {run.config['settings']['dial_tolerance']:.0%} to "
+        "the energy, which no error bar shows.",
+        _rank_sentence(spectrum),
+    )
+    table = (
+        ("nβ", "LLC (SGLD)", "Gaussian", "virial ratio", "verdict"),
+        *(
+            (
+                f"{e['nbeta']:.0f}",
+                f"{e['llc']:.2f} ± {_show(e['std_error'], '.2f')}",
+                f"{float(gaussian_llc(values, np.ones_like(values), e['nbeta'], e['localization'])):.2f}",
+                f"{e['diagnostics']['virial']:.3f}",
+                "; ".join([e["status"], *e["warnings"]]),
+            )
+            for e in estimates
+        ),
+    )
+    return Section("LLC against Hessian", sentences, figure, table)
+
+
+def _spectrum(results: Results, run: RunDirectory) -> Section:
+    spectrum, estimate = results["spectrum"], results["llc"]
+    resolved = estimate["localization"] / spectrum["nbeta"]
+    figure = figures.eigenvalues(run.arrays("spectrum")["ritz_values"][0], resolved, spectrum["rank_threshold"])
+    sentences = (
+        f"Of {spectrum['dimension']} directions, {spectrum['num_held']} are curved enough (above γ / nβ = {resolved:.2g}) that the loss, not "
+        "the localization, holds them.",
+        f"Eigenvalues run from {spectrum['smallest']:.2g} to {spectrum['largest']:.3g}; their sum is {spectrum['trace']:.4g}.",
+        *(f"Warning: {warning}." for warning in spectrum["warnings"]),
+        "They come from the whole matrix in double precision, and carry no sampling error for these examples.",
+    )
+    table = (
+        ("threshold", "eigenvalues above it", "half of that"),
+        *((f"{entry['threshold']:g}", f"{entry['rank']:.0f}", f"{entry['rank'] / 2:.1f}") for entry in spectrum["rank_at"]),
+    )
+    return Section("Eigenvalues of the Hessian", sentences, figure, table)
+
+
+def _volume(results: Results, run: RunDirectory) -> Section:
+    arrays, spectrum = run.arrays("spectrum"), results["spectrum"]
+    thresholds, log_volume = arrays["thresholds"], arrays["log_volume"]
+    figure = figures.volume_curve(thresholds, log_volume)
+    slope = (log_volume[1] - log_volume[0]) / (np.log(thresholds[1]) - np.log(thresholds[0]))
+    sentences = (
+        f"Provisional: if the loss were its Hessian's quadratic, {_exponential(log_volume[-1])} of the weights drawn from "
+        f"N(w*, {spectrum['base_scale']:.2g}²) would have a loss within {thresholds[-1]:g} nats of L*, and {_exponential(log_volume[0])} "
+        f"within {thresholds[0]:g} nats.",
+        f"The slope at the lower end is {slope:.1f}. The curve is exact for the quadratic; where the loss is not quadratic it can be wrong "
+        "by any factor, and no sampled volume stands beside it yet.",
+    )
+    return Section("Volume of the basin (Gaussian only, provisional)", sentences, figure)
+
+
+def _degradation(results: Results) -> Section:
+    levels, sites = results["degradation"]["levels"], results["alignment"]["sites"]
+    curves = {site: {title: _curve(levels, name, site) for name, title in DIALS.items()} for site in sites}
+    figure = figures.survival(curves, {site: (found["iia"], found["random_iia"]) for site, found in sites.items()})
+    worst = min(min(level["dials"][name]["accuracy"] for name in DIALS) for level in levels)
+    flagged = [f"{level['nbeta']:.0f}" for level in levels if level["estimate"]["status"] != OK]
+    sentences = (
+        *(_survival_sentence(results, site) for site in sites),
+        f"Bars are two standard errors over {len(levels[0]['dials']['posterior']['excess_loss_per_chain'])} chains (for noise: as many "
+        "independent groups of draws); the alignments are the ones found at the trained weights, not refitted.",
+        f"Accuracy falls to {worst:.2f} at the strongest level, and .5 is chance: there IIA says little about a circuit."
+        if worst < 0.75
+        else f"Accuracy stays at {worst:.2f} or above.",
+        f"The posterior chains at nβ = {', '.join(flagged)} carry a warning (see the table of section 3): their error bars may be too small."
+        if flagged
+        else "No posterior chain carries a warning.",
+    )
+    table = (
+        ("excess loss (nats)", "dial", "level", "accuracy", "distance", *(f"IIA {site}" for site in sites)),
+        *(
+            (
+                f"{d['excess_loss']:.3g} ± {_show(d['excess_loss_std_error'], '.1g')}",
+                title,
+                f"nβ = {d['level']:.0f}" if name == "posterior" else f"sd {d['level']:.3g}",
+                f"{d['accuracy']:.3f}",
+                f"{d['rms_distance']:.2g}",
+                *(f"{d['sites'][site]['iia']:.3f} ± {_show(d['sites'][site]['iia_std_error'], '.3f')}" for site in sites),
+            )
+            for level in levels
+            for name, title in DIALS.items()
+            for d in (level["dials"][name],)
+        ),
+    )
+    return Section("A circuit along two dials of damage", sentences, figure, table)
+
+
+def _curve(levels: list[Results], dial: str, site: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Excess loss, IIA and its standard error over the levels of a dial."""
+    readings = [level["dials"][dial] for level in levels]
+    found = [reading["sites"][site] for reading in readings]
+    return (
+        np.array([reading["excess_loss"] for reading in readings]),
+        np.array([entry["iia"] for entry in found]),
+        np.array([_number(entry["iia_std_error"]) for entry in found]),
+    )
+
+
+def _survival_sentence(results: Results, site: str) -> str:
+    found, levels = results["alignment"]["sites"][site], results["degradation"]["levels"]
+    above_chance = found["iia"] > found["random_iia"] + 4 * found["random_iia_std"]
+    head = f"In {site} the alignment found has IIA {found['iia']:.3f} (random rotations: {found['random_iia']:.3f} ± {found['random_iia_std']:.3f})"
+    if not above_chance:
+        return f"{head}: no alignment there to speak of."
+    gaps = []
+    for level in levels:
+        ours, rival = (level["dials"][name]["sites"][site] for name in DIALS)
+        error = np.hypot(_number(ours["iia_std_error"]), _number(rival["iia_std_error"]))
+        gaps.append((ours["iia"] - rival["iia"], error))
+    lower, higher = sum(gap < -3 * error for gap, error in gaps), sum(gap > 3 * error for gap, error in gaps)
+    extreme = max(gaps, key=lambda entry: abs(entry[0]))
+    return (
+        f"{head}; at equal loss, posterior draws leave less of it than weight noise at {lower} of {len(gaps)} levels and more at {higher}, by more "
+        f"than 3 standard errors (largest difference {extreme[0]:+.3f} ± {extreme[1]:.3f})."
+    )
+
+
+def _compare(estimate: Results, spectrum: Results) -> str:
+    predicted = _number(spectrum["gaussian_llc"])
+    if not np.isfinite(predicted):
+        return "and the Hessian predicts none: it has curvatures below −γ / nβ"
+    gap = estimate["llc"] - predicted
+    errors = abs(gap) / estimate["std_error"] if estimate["std_error"] else np.inf
+    side = "above" if gap > 0 else "below"
+    return f"{abs(gap) / abs(predicted):.0%} ({errors:.1f} standard errors) {side} the {predicted:.1f} that the Hessian predicts at the same nβ and γ"
+
+
+def _rank_sentence(spectrum: Results) -> str:
+    by_threshold = {entry["threshold"]: entry["rank"] for entry in spectrum["rank_at"]}
+    low, high = max(by_threshold), min(by_threshold)
+    return (
+        f"Counts of directions: rank / 2 is {by_threshold[low] / 2:.1f} or {by_threshold[high] / 2:.1f} as eigenvalues count from {low:g} or "
+        f"from {high:g} on, and d / 2 is {spectrum['dimension'] / 2:.0f}."
+    )
+
+
+def _status(estimate: Results) -> str:
+    return "no warning" if estimate["status"] == OK else estimate["status"]
+
+
+def _exponential(log_value: float) -> str:
+    """Write exp(log_value) in scientific notation, however small."""
+    return f"{Decimal(float(log_value)).exp():.2g}".lower()
+
+
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else float(value)
+
+
+def _show(value: float | None, form: str) -> str:
+    return "unknown" if value is None else format(value, form)

@@ -1,0 +1,1 @@
+"""Kernels, the loop that runs them and the diagnostics of what comes out."""

@@ -1,0 +1,230 @@
+"""What is kept on disk: run directories of studies, and checkpoints of chains.
+
+A run directory holds `config.json` (what was asked), `stages/` (what each finished stage found, so that an interrupted
+run goes on from there), `results.json` (everything a report says) and `environment.json` (versions, device, times).
+`results.json` and its arrays depend on the configuration only: no paths, dates or timings.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
+from slt_interp.errors import InputError
+
+Arrays = dict[str, np.ndarray]
+
+
+class RunDirectory:
+    """One run of a study on disk. Make it with `open_run` (to compute) or `read_run` (to report)."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What was asked: the study's name, preset and settings."""
+        return _read_json(self.path / "config.json")
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """Versions, device and seconds per stage."""
+        return _read_json(self.path / "environment.json")
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """What the study found, by stage."""
+        return _read_json(self.path / "results.json")
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether every stage is done: `results.json` is written last."""
+        return (self.path / "results.json").exists()
+
+    def arrays(self, stage: str) -> Arrays:
+        """Read the arrays of a finished stage."""
+        with np.load(self.path / "stages" / f"{stage}.npz") as file:
+            return dict(file)
+
+    def stage(self, name: str, compute: Callable[[], tuple[dict[str, Any], Arrays]]) -> tuple[dict[str, Any], Arrays]:
+        """Compute a stage, or read what an earlier run of this directory found.
+
+        Args:
+            name: the stage's name.
+            compute: returns numbers and words (anything JSON can hold, NaN becoming null) and named arrays.
+
+        Returns:
+            What `compute` returned, as it is read back from disk.
+        """
+        folder = self.path / "stages"
+        folder.mkdir(exist_ok=True)
+        if not (folder / f"{name}.json").exists():
+            start = time.perf_counter()
+            found, arrays = compute()
+            with _replacing(folder / f"{name}.npz") as part, open(part, "wb") as file:
+                np.savez_compressed(file, allow_pickle=False, **arrays)
+            environment = self.environment
+            environment["seconds"][name] = round(time.perf_counter() - start, 2)
+            _write_json(self.path / "environment.json", environment)
+            _write_json(folder / f"{name}.json", found)
+        return _read_json(folder / f"{name}.json"), self.arrays(name)
+
+    def finish(self, results: dict[str, Any]) -> None:
+        """Write `results.json`, which marks the run as finished."""
+        _write_json(self.path / "results.json", results)
+
+
+def open_run(path: Path, config: dict[str, Any]) -> RunDirectory:
+    """Make a run directory, or go on with one that holds the same configuration.
+
+    Raises:
+        InputError: if the directory holds another configuration, or other files; nothing in it is touched.
+    """
+    config = json.loads(_dump_json(config))
+    run = RunDirectory(path)
+    if (path / "config.json").exists():
+        differing = _difference(run.config, config)
+        if differing:
+            raise InputError(f"{path} holds another run ({differing}): give another --out, or remove that directory")
+    elif path.is_dir() and any(path.iterdir()):
+        raise InputError(f"{path} holds files but no config.json, so it is no run directory: give another --out")
+    elif path.exists() and not path.is_dir():
+        raise InputError(f"{path} is a file, but a directory was expected: give another --out")
+    else:
+        path.mkdir(parents=True, exist_ok=True)
+        _write_json(path / "config.json", config)
+    if not (path / "environment.json").exists():
+        _write_json(path / "environment.json", _environment())
+    return run
+
+
+def read_run(path: Path) -> RunDirectory:
+    """Open a finished run directory.
+
+    Raises:
+        InputError: if it is not there, is no run directory or is not finished.
+    """
+    run = RunDirectory(path)
+    if not (path / "config.json").exists():
+        raise InputError(f"{path} is no run directory (it has no config.json): give the directory that `run` wrote")
+    if not run.is_finished:
+        raise InputError(f"{path} is not finished (it has no results.json): repeat the command that made it, and it goes on")
+    return run
+
+
+class Checkpoints:
+    """Numbered checkpoints of pytrees of arrays in a directory of their own, written by orbax.
+
+    Every checkpoint is complete or absent, whenever the process dies.
+    """
+
+    def __init__(self, path: str | Path, identity: str):
+        import orbax.checkpoint as ocp
+
+        self._orbax = ocp
+        path = Path(path).absolute()
+        known = path.exists() and any(path.iterdir())
+        options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
+        self._manager = ocp.CheckpointManager(path, options=options, metadata={"identity": identity})
+        found = (self._manager.metadata().custom_metadata or {}).get("identity")
+        if known and found != identity:
+            raise InputError(
+                f"{path} holds the checkpoints of another run (another key, kernel, start or number of chains): give "
+                "another directory, or remove that one"
+            )
+
+    def save(self, number: int, tree: PyTree) -> None:
+        """Save a pytree under a number larger than every earlier one."""
+        leaves = {str(i): np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(tree))}
+        self._manager.save(number, args=self._orbax.args.StandardSave(leaves))
+
+    def restore(self, like: PyTree) -> Iterator[PyTree]:
+        """Read every checkpoint in order, each in the structure of `like`."""
+        structure = jax.tree.structure(like)
+        for number in sorted(self._manager.all_steps()):
+            leaves = self._manager.restore(number, args=self._orbax.args.StandardRestore())
+            yield structure.unflatten(np.asarray(leaves[str(i)]) for i in range(structure.num_leaves))
+
+
+def fingerprint(tree: PyTree, *settings: int) -> str:
+    """Hash a pytree (structure, dtypes, values) and settings: equal runs have equal fingerprints."""
+    digest = hashlib.sha256(repr((settings, [str(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)])).encode())
+    for leaf in jax.tree.leaves(tree):
+        if isinstance(leaf, jax.Array) and jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        array = np.asarray(leaf)
+        digest.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
+    return digest.hexdigest()
+
+
+def _environment() -> dict[str, Any]:
+    device = jax.devices()[0]
+    packages = ("slt_interp", "jax", "jaxlib", "numpy", "flax", "optax", "numpyro", "matplotlib")
+    return {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "device": {"kind": device.device_kind, "backend": device.platform, "count": jax.device_count()},
+        "cpu_count": os.cpu_count(),
+        "versions": {package: metadata.version(package) for package in packages},
+        "seconds": {},
+    }
+
+
+def _difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> str:
+    """Name the first setting in which two configurations differ; empty if they do not."""
+    for name in sorted(old.keys() | new.keys()):
+        if isinstance(old.get(name), dict) and isinstance(new.get(name), dict):
+            found = _difference(old[name], new[name], f"{prefix}{name}.")
+            if found:
+                return found
+        elif old.get(name) != new.get(name):
+            return f"{prefix}{name} = {old.get(name)} there, {new.get(name)} here"
+    return ""
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    with _replacing(path) as part:
+        part.write_text(_dump_json(value) + "\n")
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Write beside a file, then take its place: a reader sees the old file or the new one, never half of one."""
+    part = path.with_name(path.name + ".part")
+    yield part
+    part.replace(path)
+
+
+def _dump_json(value: Any) -> str:
+    return json.dumps(_plain(value), indent=1, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    """Turn arrays and dataclasses into what JSON holds; what is not a finite number is unknown: null."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.ndarray | np.generic | jax.Array):
+        return _plain(np.asarray(value).tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value

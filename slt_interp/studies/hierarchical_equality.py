@@ -1,0 +1,547 @@
+"""The study `hierarchical-equality`: one small network, from training to a degraded circuit.
+
+Train a network on the task, polish it to a minimum, and ask there: how degenerate is the basin (LLC, beside what the
+Hessian says), and does an alignment found at the trained weights survive draws from the tempered posterior, beside weight
+noise of equal loss?
+"""
+
+import functools
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float
+
+from slt_interp.curvature.spectrum import Spectrum, estimate_spectrum
+from slt_interp.data import Counterfactuals, FullBatch
+from slt_interp.degradation.dials import Degraded, TemperedPosterior, WeightNoise
+from slt_interp.degradation.matching import LossProbe, match
+from slt_interp.errors import InputError
+from slt_interp.estimators.calibration import customary_nbeta, settled_step_size
+from slt_interp.estimators.llc import LLCEstimate, llc, mean_loss
+from slt_interp.models.mlp import MLP
+from slt_interp.posterior import Gaussian, LocalPosterior
+from slt_interp.probes.alignment import fit_alignment, random_rotations
+from slt_interp.probes.draws import over_draws
+from slt_interp.probes.interchange import Alignment, InterchangeProbe
+from slt_interp.samplers.chains import chain_mesh, sample
+from slt_interp.samplers.sgld import SGLD
+from slt_interp.storage import Arrays, RunDirectory
+from slt_interp.studies.study import Study
+from slt_interp.tasks.hierarchical_equality import NUM_INPUTS, FreshExamples, draw_counterfactuals
+from slt_interp.training import polish, train
+from slt_interp.tree import Params, dimension, dot, norm
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of the study.
+
+    Attributes:
+        seed: everything random follows from it.
+        label_smoothing: targets are 1 - s/2 and s/2. With hard labels the loss has no minimum: on separable data weights
+            grow without bound.
+        train_steps, train_batch, learning_rate: Adam on ever new examples; the learning rate falls to 0 along a cosine.
+        accuracy_goal: share of fresh examples that must be answered right after training.
+        num_examples: n, the fixed examples that define the loss from then on.
+        polish_steps: full-batch L-BFGS steps.
+        nbeta: n / log n if not given.
+        localization: gamma.
+        llc_chains, llc_burnin, llc_draws, llc_thinning: full-batch SGLD for the LLC; burn-in and thinning in steps.
+        dial_nbetas: rungs of the tempered posterior, mildest first.
+        dial_chains, dial_burnin, dial_draws, dial_thinning, dial_batch: minibatch SGLD at each rung.
+        dial_tolerance: share of the excess loss that discretization may add there.
+        alignment_size: directions per variable.
+        alignment_steps, alignment_restarts: for each alignment search.
+        num_counterfactuals: examples on which interchange intervention accuracy is measured.
+        num_random: random rotations that show what an alignment is worth by chance.
+    """
+
+    seed: int = 0
+    label_smoothing: float = 0.04
+    train_steps: int = 8000
+    train_batch: int = 1024
+    learning_rate: float = 3e-3
+    accuracy_goal: float = 0.995
+    num_examples: int = 4096
+    polish_steps: int = 500
+    nbeta: float | None = None
+    localization: float = 100.0
+    llc_chains: int = 16
+    llc_burnin: int = 1500
+    llc_draws: int = 250
+    llc_thinning: int = 24
+    dial_nbetas: tuple[float, ...] = (3000.0, 1000.0, 500.0, 200.0, 100.0, 50.0)
+    dial_chains: int = 16
+    dial_burnin: int = 4000
+    dial_draws: int = 12
+    dial_thinning: int = 300
+    dial_batch: int = 512
+    dial_tolerance: float = 0.1
+    alignment_size: int = 8
+    alignment_steps: int = 1000
+    alignment_restarts: int = 4
+    num_counterfactuals: int = 4096
+    num_random: int = 8
+
+
+SMOKE = Config(
+    train_steps=1200,
+    accuracy_goal=0.6,
+    num_examples=512,
+    polish_steps=50,
+    llc_chains=8,
+    llc_burnin=100,
+    llc_draws=40,
+    llc_thinning=2,
+    dial_nbetas=(1000.0, 300.0, 100.0, 30.0, 10.0),
+    dial_chains=4,
+    dial_burnin=100,
+    dial_draws=4,
+    dial_thinning=10,
+    dial_batch=128,
+    alignment_steps=100,
+    alignment_restarts=2,
+    num_counterfactuals=512,
+)
+
+FULL = replace(
+    Config(),
+    train_steps=30000,
+    llc_chains=32,
+    llc_burnin=5000,
+    llc_draws=1000,
+    dial_nbetas=(10000.0, 3000.0, 1000.0, 500.0, 200.0, 100.0, 50.0, 30.0),
+    dial_chains=32,
+    dial_burnin=20000,
+    dial_draws=50,
+    dial_thinning=500,
+    alignment_steps=5000,
+    alignment_restarts=20,
+    num_counterfactuals=16384,
+)
+
+NETWORK = MLP((NUM_INPUTS, 16, 16, 16, 2))
+
+_NOISE_BRACKET = (1e-4, 1.0)
+"""Standard deviations of weight noise between which its level is searched."""
+
+_EVALUATION_SIZE = 65536
+
+
+@dataclass(frozen=True)
+class SmoothedCrossEntropy:
+    """Mean cross-entropy to smoothed labels, nats per example; its smallest value is the entropy of the targets."""
+
+    network: MLP
+    smoothing: float
+
+    def __call__(self, params: Params, batch: dict[str, Array]) -> Float[Array, ""]:
+        """Compute the loss on {"inputs": (example, 16), "labels": (example,)}."""
+        log_probabilities = jax.nn.log_softmax(self.network.apply(params, batch["inputs"]))
+        right = jnp.take_along_axis(log_probabilities, batch["labels"][:, None], axis=1)[:, 0]
+        return -jnp.mean((1 - self.smoothing) * right + self.smoothing * log_probabilities.mean(axis=1))
+
+    @property
+    def floor(self) -> float:
+        """Entropy of the smoothed targets, nats: no network has a smaller loss."""
+        s = self.smoothing / 2
+        return float(-(1 - s) * np.log(1 - s) - s * np.log(s)) if s > 0 else 0.0
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["center", "loss", "interchange"], meta_fields=[])
+@dataclass(frozen=True)
+class _Readings:
+    """Everything that is read off one degraded network, as one probe."""
+
+    center: Params
+    loss: LossProbe
+    interchange: dict[str, InterchangeProbe]
+
+    def __call__(self, key: Array, params: Params) -> dict[str, Array]:
+        moved = jax.tree.map(jnp.subtract, params, self.center)
+        by_site = {site: probe(key, params) for site, probe in self.interchange.items()}
+        return {
+            **self.loss(key, params),
+            "squared_distance": dot(moved, moved),
+            "accuracy": by_site[NETWORK.sites[0]]["accuracy"],
+            **{f"iia {site}": read["iia"] for site, read in by_site.items()},
+        }
+
+
+def compute(config: Config, run: RunDirectory, progress: bool) -> dict[str, Any]:
+    """Run all stages and return the results."""
+    _check(config)
+    loss_fn = SmoothedCrossEntropy(NETWORK, config.label_smoothing)
+    split = jax.random.split(jax.random.key(config.seed), len(_STAGES))
+    keys: dict[str, Array] = dict(zip(_STAGES, split, strict=True))
+    results: dict[str, Any] = {}
+
+    def stage(name: str, function: Any, *inputs: Any) -> Arrays:
+        results[name], arrays = run.stage(name, lambda: function(keys[name], config, loss_fn, progress, *inputs))
+        return arrays
+
+    trained = stage("training", _train)
+    data = FreshExamples(config.num_examples)(keys["polish"])
+    params = _unpack(stage("polish", _polish, _unpack(trained), data))
+    eigen = stage("spectrum", _spectrum, params, data)
+    spectrum = Spectrum(eigen["ritz_values"], eigen["weights"], eigen["residuals"], is_exact=True)
+    stage("llc", _llc, params, data, spectrum)
+    alignments = stage("alignment", _align, params)
+    stage("degradation", _degrade, params, data, spectrum, alignments)
+    return results
+
+
+def summarize(results: dict[str, Any]) -> list[tuple[str, str]]:
+    """Make the short table that is printed after a run."""
+    llc, spectrum, dial = results["llc"], results["spectrum"], results["degradation"]
+    mildest, strongest = dial["levels"][0], dial["levels"][-1]
+    rows = [
+        ("accuracy on fresh data", f"{results['training']['accuracy']:.4f}"),
+        (
+            "loss above its floor, trained -> polished",
+            f"{results['polish']['excess_before']:.2e} -> {results['polish']['excess_after']:.2e} nats",
+        ),
+        ("LLC (SGLD)", f"{llc['llc']:.2f} +- {llc['std_error']:.2f} ({llc['status']})"),
+        ("Gaussian prediction at the same nbeta, gamma", f"{spectrum['gaussian_llc']:.2f}"),
+        ("rank / 2, d / 2", f"{spectrum['rank'] / 2:.1f}, {spectrum['dimension'] / 2:.1f}"),
+    ]
+    for site in NETWORK.sites:
+        trained = results["alignment"]["sites"][site]["iia"]
+        after = [
+            f"{level['dials'][name]['sites'][site]['iia']:.3f}"
+            for level in (mildest, strongest)
+            for name in ("posterior", "weight_noise")
+        ]
+        low, high = f"{mildest['excess_loss']:.2g}", f"{strongest['excess_loss']:.2g}"
+        title = f"IIA {site}: trained; posterior | noise at {low} and {high} nats"
+        rows.append((title, f"{trained:.3f}; {after[0]} | {after[1]}; {after[2]} | {after[3]}"))
+    return rows
+
+
+def _train(key: Array, config: Config, loss_fn: SmoothedCrossEntropy, progress: bool) -> tuple[dict[str, Any], Arrays]:
+    init_key, train_key, test_key = jax.random.split(key, 3)
+    optimizer = optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.train_steps))
+    training = train(
+        train_key,
+        loss_fn,
+        NETWORK.init(init_key),
+        FreshExamples(config.train_batch),
+        optimizer,
+        num_steps=config.train_steps,
+        progress=progress,
+    )
+    test = FreshExamples(_EVALUATION_SIZE)(test_key)
+    kept = [jax.tree.map(lambda x, i=i: x[i], training.checkpoints) for i in range(len(training.steps))]
+    losses, errors = np.array([mean_loss(loss_fn, params, test) for params in kept]).T
+    accuracies = np.array([float(_accuracy(params, test)) for params in kept])
+    accuracy = float(accuracies[-1])
+    if not accuracy >= config.accuracy_goal:
+        raise InputError(
+            f"the network answers {accuracy:.4f} of fresh examples right after {config.train_steps} steps, but "
+            f"accuracy_goal is {config.accuracy_goal}: raise --train-steps or choose another --seed"
+        )
+    found = {
+        "accuracy": accuracy,
+        "num_test": _EVALUATION_SIZE,
+        "excess_loss": float(losses[-1]) - loss_fn.floor,
+        "floor": loss_fn.floor,
+        "num_examples_seen": config.train_steps * config.train_batch,
+    }
+    arrays = {
+        "steps": training.steps,
+        "test_loss": losses,
+        "test_loss_std_error": errors,
+        "test_accuracy": accuracies,
+        "test_accuracy_std_error": np.sqrt(accuracies * (1 - accuracies) / _EVALUATION_SIZE),
+        "train_loss": training.losses,
+        **_pack(training.params),
+        **{f"checkpoints{name}": leaf for name, leaf in _pack(training.checkpoints).items()},
+    }
+    return found, arrays
+
+
+def _polish(
+    key: Array, config: Config, loss_fn: SmoothedCrossEntropy, progress: bool, params: Params, data: dict[str, Array]
+) -> tuple[dict[str, Any], Arrays]:
+    del key, progress
+    result = polish(loss_fn, params, data, num_steps=config.polish_steps)
+    found = {
+        "excess_before": result.loss_before - loss_fn.floor,
+        "excess_after": result.loss_after - loss_fn.floor,
+        "loss_before": result.loss_before,
+        "loss_after": result.loss_after,
+        "grad_norm_before": result.grad_norm_before,
+        "grad_norm_after": result.grad_norm_after,
+        "distance": result.distance,
+        "norm": float(norm(result.params)),
+        "accuracy": float(_accuracy(result.params, data)),
+    }
+    return found, _pack(result.params)
+
+
+def _spectrum(
+    key: Array, config: Config, loss_fn: SmoothedCrossEntropy, progress: bool, params: Params, data: dict[str, Array]
+) -> tuple[dict[str, Any], Arrays]:
+    del progress
+    spectrum = estimate_spectrum(key, loss_fn, params, data)
+    nbeta = _nbeta(config)
+    values = spectrum.ritz_values[0]
+    thresholds = np.geomspace(1e-4, 1.0, 33)
+    found = {
+        "dimension": dimension(params),
+        "rank": spectrum.rank(),
+        "rank_threshold": spectrum.rank_threshold,
+        "rank_at": [{"threshold": t, "rank": spectrum.rank(t)} for t in (1e-8, 1e-6, 1e-4, 1e-2)],
+        "largest": values[-1],
+        "smallest": values[0],
+        "trace": spectrum.trace[0],
+        "nbeta": nbeta,
+        "gaussian_llc": spectrum.llc(nbeta, config.localization)[0],
+        "num_held": int(np.sum(nbeta * values > config.localization)),
+        "base_scale": config.localization**-0.5,
+        "warnings": spectrum.warnings,
+    }
+    base = Gaussian(params, config.localization**-0.5)
+    arrays = {
+        "ritz_values": spectrum.ritz_values,
+        "weights": spectrum.weights,
+        "residuals": spectrum.residuals,
+        "thresholds": thresholds,
+        "log_volume": spectrum.log_volume(thresholds, base),
+    }
+    return found, arrays
+
+
+def _llc(
+    key: Array,
+    config: Config,
+    loss_fn: SmoothedCrossEntropy,
+    progress: bool,
+    params: Params,
+    data: dict[str, Array],
+    spectrum: Spectrum,
+) -> tuple[dict[str, Any], Arrays]:
+    target = LocalPosterior(loss_fn, params, _nbeta(config), config.localization)
+    chain_key, step_key = jax.random.split(key)
+    step_size = settled_step_size(step_key, target, params, FullBatch(data))
+    draws = sample(
+        chain_key,
+        SGLD(target, step_size),
+        params,
+        FullBatch(data),
+        num_chains=config.llc_chains,
+        num_draws=config.llc_draws,
+        num_burnin=config.llc_burnin,
+        thinning=config.llc_thinning,
+        mesh=chain_mesh(config.llc_chains),
+        progress=progress,
+    )
+    init_loss, sampling_error = mean_loss(loss_fn, params, data)
+    estimate = llc(draws, init_loss)
+    k = estimate.nbeta * np.maximum(spectrum.ritz_values[0], 0.0)
+    s = k + config.localization
+    stable = step_size * s < 4
+    by_step = 0.5 * np.sum(np.where(stable, k / (s * (1 - step_size * np.where(stable, s, 0) / 4)) - k / s, np.nan))
+    found = {
+        **_describe(estimate),
+        "step_size": step_size,
+        "init_loss_sampling_error": sampling_error,
+        "gaussian_step_bias": by_step,
+        "norm": float(norm(params)),
+        "num_burnin": draws.num_burnin,
+        "thinning": draws.thinning,
+    }
+    return found, {
+        "loss": draws.loss,
+        "squared_distance": np.asarray(draws.info.squared_distance),
+        "per_chain": estimate.per_chain,
+    }
+
+
+def _align(
+    key: Array, config: Config, loss_fn: SmoothedCrossEntropy, progress: bool, params: Params
+) -> tuple[dict[str, Any], Arrays]:
+    del loss_fn, progress
+    found: dict[str, Any] = {"sites": {}}
+    arrays: Arrays = {}
+    fit_key, test_key, random_key = jax.random.split(key, 3)
+    sizes = (config.alignment_size, config.alignment_size)
+    examples = draw_counterfactuals(test_key, config.num_counterfactuals)
+    for i, site in enumerate(NETWORK.sites):
+        fit = fit_alignment(
+            jax.random.fold_in(fit_key, i),
+            NETWORK,
+            params,
+            site,
+            sizes,
+            draw_counterfactuals,
+            num_steps=config.alignment_steps,
+            num_restarts=config.alignment_restarts,
+        )
+        width = fit.alignment.rotation.shape[0]
+        rotations = random_rotations(jax.random.fold_in(random_key, i), config.num_random, width)
+        rotations = jnp.concatenate([fit.alignment.rotation[None], rotations])
+        iia, *chance = _iia_of_rotations(params, site, rotations, fit.alignment.masks, examples).tolist()
+        found["sites"][site] = {
+            "iia": iia,
+            "std_error": float(np.sqrt(iia * (1 - iia) / config.num_counterfactuals)),
+            "restart_iia": fit.restart_iia,
+            "random_iia": float(np.mean(chance)),
+            "random_iia_std": float(np.std(chance, ddof=1)),
+        }
+        arrays[f"rotation_{site}"], arrays[f"masks_{site}"] = (
+            np.asarray(fit.alignment.rotation),
+            np.asarray(fit.alignment.masks),
+        )
+    return found, arrays
+
+
+def _degrade(
+    key: Array,
+    config: Config,
+    loss_fn: SmoothedCrossEntropy,
+    progress: bool,
+    params: Params,
+    data: dict[str, Array],
+    spectrum: Spectrum,
+    alignments: Arrays,
+) -> tuple[dict[str, Any], Arrays]:
+    posterior = TemperedPosterior(
+        loss_fn,
+        data,
+        config.localization,
+        batch_size=config.dial_batch,
+        num_burnin=config.dial_burnin,
+        thinning=config.dial_thinning,
+        tolerance=config.dial_tolerance,
+        progress=progress,
+    )
+    posterior_key, noise_key, probe_key, examples_key = jax.random.split(key, 4)
+    examples = draw_counterfactuals(examples_key, config.num_counterfactuals)
+    loss_probe = LossProbe(loss_fn, data)
+    fits = {
+        site: Alignment(*(jnp.asarray(alignments[f"{kind}_{site}"]) for kind in ("rotation", "masks")))
+        for site in NETWORK.sites
+    }
+    probes = {site: InterchangeProbe(NETWORK, site, fit, examples) for site, fit in fits.items()}
+    probe = _Readings(params, loss_probe, probes)
+    init_loss = mean_loss(loss_fn, params, data)[0]
+    counts = {"num_chains": config.dial_chains, "num_draws": config.dial_draws}
+
+    def measure(degraded: Degraded, level: float) -> dict[str, Any]:
+        read = {name: np.asarray(values, np.float64) for name, values in over_draws(probe_key, probe, degraded.params).items()}
+        return {
+            "level": level,
+            **_over_chains("excess_loss", read["loss"] - init_loss),
+            **_over_chains("accuracy", read["accuracy"]),
+            "rms_distance": float(np.sqrt(read["squared_distance"].mean())),
+            "sites": {site: _over_chains("iia", read[f"iia {site}"]) for site in probes},
+        }
+
+    levels = []
+    for i, nbeta in enumerate(config.dial_nbetas):
+        drawn = posterior.draw(jax.random.fold_in(posterior_key, i), params, nbeta, **counts)
+        assert drawn.estimate is not None, "posterior draws come with an estimate"
+        by_posterior = measure(drawn, nbeta)
+        matched = match(
+            jax.random.fold_in(noise_key, i),
+            WeightNoise(),
+            params,
+            loss_probe,
+            by_posterior["excess_loss"],
+            bracket=_NOISE_BRACKET,
+            **counts,
+        )
+        levels.append(
+            {
+                "nbeta": nbeta,
+                "excess_loss": by_posterior["excess_loss"],
+                "estimate": _describe(drawn.estimate),
+                "gaussian_llc": spectrum.llc(nbeta, config.localization)[0],
+                "dials": {"posterior": by_posterior, "weight_noise": measure(matched.degraded, matched.level)},
+            }
+        )
+    return {"init_loss": init_loss, "localization": config.localization, "levels": levels}, {}
+
+
+@functools.partial(jax.jit, static_argnames=("site",))
+def _iia_of_rotations(
+    params: Params,
+    site: str,
+    rotations: Float[Array, "rotation width width"],
+    masks: Float[Array, "variable width"],
+    examples: Counterfactuals,
+) -> Float[Array, " rotation"]:
+    def iia(rotation: Float[Array, "width width"]) -> Float[Array, ""]:
+        return InterchangeProbe(NETWORK, site, Alignment(rotation, masks), examples)(jax.random.key(0), params)["iia"]
+
+    return jax.lax.map(iia, rotations)
+
+
+def _over_chains(name: str, values: Float[np.ndarray, "chain draw"]) -> dict[str, Any]:
+    """Mean over chains, its standard error with the chain as the unit, and the chain means."""
+    per_chain = values.mean(axis=1)
+    error = per_chain.std(ddof=1) / np.sqrt(len(per_chain))
+    return {name: per_chain.mean(), f"{name}_std_error": error, f"{name}_per_chain": per_chain}
+
+
+def _describe(estimate: LLCEstimate) -> dict[str, Any]:
+    fields = (
+        "llc",
+        "std_error",
+        "init_loss",
+        "init_loss_std_error",
+        "nbeta",
+        "localization",
+        "ess",
+        "rhat",
+        "status",
+        "warnings",
+    )
+    return {**{name: getattr(estimate, name) for name in fields}, "diagnostics": dict(estimate.diagnostics)}
+
+
+@jax.jit
+def _accuracy(params: Params, data: dict[str, Array]) -> Float[Array, ""]:
+    return jnp.mean(NETWORK.apply(params, data["inputs"]).argmax(axis=-1) == data["labels"])
+
+
+def _nbeta(config: Config) -> float:
+    return customary_nbeta(config.num_examples) if config.nbeta is None else config.nbeta
+
+
+def _pack(params: Params) -> Arrays:
+    """Name the leaves of a pytree of weights for an .npz file."""
+    return {
+        f"params{jax.tree_util.keystr(path)}": np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+
+
+def _unpack(arrays: Arrays) -> Params:
+    """Read weights back into the structure of `NETWORK`."""
+    shapes = jax.eval_shape(NETWORK.init, jax.random.key(0))
+    return jax.tree_util.tree_map_with_path(lambda path, _: jnp.asarray(arrays[f"params{jax.tree_util.keystr(path)}"]), shapes)
+
+
+def _check(config: Config) -> None:
+    if config.nbeta is not None and not config.nbeta > 0:
+        raise InputError(f"nbeta must be positive, but is {config.nbeta}: n / log n is customary")
+    if min(config.dial_nbetas, default=0) <= 0 or len(config.dial_nbetas) < 5:
+        raise InputError(f"dial_nbetas must be five or more positive numbers, but is {config.dial_nbetas}")
+    if min(config.llc_chains, config.dial_chains, config.num_random) < 2:
+        raise InputError("llc_chains, dial_chains and num_random must be at least 2: error bars are over chains")
+
+
+_STAGES = ("training", "polish", "spectrum", "llc", "alignment", "degradation")
+
+STUDY = Study(
+    name="hierarchical-equality",
+    description="train on hierarchical equality; LLC against Hessian; does an alignment survive degradation?",
+    presets={"smoke": SMOKE, "default": Config(), "full": FULL},
+    compute=compute,
+    summarize=summarize,
+)

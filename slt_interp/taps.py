@@ -1,0 +1,71 @@
+"""Taps: functions that a network calls at every named site, to look at an activation or to replace it.
+
+`tap(site, activation) -> activation`. Patching, ablation and recording are taps: no hooks, no state, so all of them
+work under `jit`, `vmap` and `grad`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from jaxtyping import Array, Float
+
+from slt_interp.tree import Params
+
+Tap = Callable[[str, Array], Array]
+
+
+class Network(Protocol):
+    """What probes and dials need of a network: weights in, logits out, and a tap at every named site."""
+
+    @property
+    def sites(self) -> Sequence[str]:
+        """Names of the activation sites, in the order of computation."""
+        ...
+
+    def apply(self, params: Params, inputs: Array, tap: Tap = ...) -> Float[Array, "example output"]:
+        """Compute the logits, calling `tap` at every site."""
+        ...
+
+
+def no_tap(site: str, activation: Array) -> Array:
+    """Leave every activation as it is.
+
+    >>> no_tap("layer1", 3.0)
+    3.0
+    """
+    del site
+    return activation
+
+
+def compose(first: Tap, second: Tap) -> Tap:
+    """Apply two taps in turn at every site.
+
+    >>> compose(replace("a", lambda h: h + 1), replace("a", lambda h: 2 * h))("a", 3)
+    8
+    """
+    return lambda site, activation: second(site, first(site, activation))
+
+
+def replace(site: str, function: Callable[[Array], Array]) -> Tap:
+    """Make a tap that applies `function` at one site and is `no_tap` elsewhere.
+
+    >>> replace("a", lambda h: 2 * h)("b", 3)
+    3
+    """
+    return lambda here, activation: function(activation) if here == site else activation
+
+
+def record(network: Network, params: Params, inputs: Array) -> tuple[Array, dict[str, Array]]:
+    """Run the network and keep the activation at every site.
+
+    Returns:
+        The logits, and a dict from site to activation.
+    """
+    activations: dict[str, Array] = {}
+
+    def keep(site: str, activation: Array) -> Array:
+        activations[site] = activation
+        return activation
+
+    logits = network.apply(params, inputs, keep)
+    return logits, activations

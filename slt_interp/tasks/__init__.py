@@ -1,0 +1,1 @@
+"""Data and causal models of the tasks that networks are trained on."""

@@ -1,0 +1,135 @@
+"""Vector-space operations and checks on pytrees of parameters.
+
+A pytree of floating arrays is one vector here: it has a dimension, inner products and standard normal draws. Leaf
+arithmetic itself is `jax.tree.map`, written where it is used.
+"""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key, PyTree
+
+Real = Array | np.ndarray | np.generic | float
+"""A number, or a real array, of whatever library."""
+
+Params = PyTree[Float[Array, "..."]]
+"""Model weights: any pytree of floating arrays."""
+
+
+def dimension(tree: Params) -> int:
+    """Count the coordinates of a pytree.
+
+    >>> dimension({"w": jnp.zeros((3, 2)), "b": jnp.zeros(2)})
+    8
+    """
+    return sum(jnp.size(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def dot(left: Params, right: Params) -> Float[Array, ""]:
+    """Take the inner product of two pytrees of one structure, accumulated in float32 or better.
+
+    >>> float(dot({"a": jnp.ones(3)}, {"a": jnp.arange(3.0)}))
+    3.0
+    """
+    products = jax.tree.map(lambda a, b: jnp.vdot(_accurate(a), _accurate(b)), left, right)
+    return sum(jax.tree.leaves(products), start=jnp.zeros(()))
+
+
+def norm(tree: Params) -> Float[Array, ""]:
+    """Take the Euclidean norm of a pytree, accumulated in float32 or better.
+
+    >>> float(norm({"a": jnp.array([3.0, 4.0])}))
+    5.0
+    """
+    return jnp.sqrt(dot(tree, tree))
+
+
+def normal_like(key: Key[Array, ""], tree: Params) -> Params:
+    """Draw standard normal coordinates in the shape of a pytree.
+
+    One call of the generator serves all leaves, in the order of `jax.tree.leaves`: several times cheaper than a key
+    per leaf, and the numbers depend on that order alone, not on what the tree is made of.
+
+    >>> {name: leaf.shape for name, leaf in normal_like(jax.random.key(0), {"a": jnp.zeros((2, 3))}).items()}
+    {'a': (2, 3)}
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    noise = jax.random.normal(key, (dimension(tree),), dtype=jnp.result_type(jnp.float32, *leaves))
+    parts, start = [], 0
+    for leaf in leaves:
+        part = noise[start : start + leaf.size]
+        parts.append(part.reshape(leaf.shape).astype(leaf.dtype))
+        start += leaf.size
+    return structure.unflatten(parts)
+
+
+def broadcast(prefix: PyTree[Real], tree: Params) -> PyTree[Real]:
+    """Give every leaf of `tree` its value from `prefix`, which is a scalar or a pytree like `tree`.
+
+    >>> broadcast(2.0, {"a": jnp.zeros(3), "b": jnp.zeros(1)})
+    {'a': 2.0, 'b': 2.0}
+    """
+    return jax.tree.broadcast(prefix, tree)
+
+
+def check_params(params: Params, name: str = "params") -> None:
+    """Raise unless `params` is a non-empty pytree of floating arrays.
+
+    Raises:
+        TypeError: for a whole flax nnx module (whose leaves may be RNG keys and counters) and for leaves that are
+            not floating arrays; the message names the leaf and the fix.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    strange = next((entry for entry in leaves if not _is_floating(entry[1])), None)
+    where = "" if strange is None else f" (leaf {jax.tree_util.keystr(strange[0])} is {_describe(strange[1])})"
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is not None and isinstance(params, nnx.Module):
+        raise TypeError(
+            f"{name} is a whole flax nnx module, {type(params).__name__}{where}, but a pytree of weights was expected: "
+            "split it with `graphdef, params = nnx.split(model, nnx.Param, ...)[:2]` and give `params`"
+        )
+    if strange is not None:
+        raise TypeError(
+            f"{name} must be a pytree of floating arrays{where}: give the trainable weights only, and bind the rest in loss_fn"
+        )
+    if dimension(params) == 0:
+        raise TypeError(
+            f"{name} has no coordinates ({type(params).__name__} without array elements): give the weights to sample"
+        )
+
+
+def check_like(tree: Params, reference: Params, name: str, reference_name: str) -> None:
+    """Raise ValueError unless two pytrees have one structure and the same leaf shapes; the first difference is named."""
+    left = {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    right = {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(reference)}
+    for path in [*right, *left]:
+        if left.get(path) != right.get(path):
+            raise ValueError(
+                f"{name} must have the structure of {reference_name}, but at {path or 'the root'} {name} has "
+                f"{_shape(left.get(path))} and {reference_name} has {_shape(right.get(path))}"
+            )
+    if jax.tree.structure(tree) != jax.tree.structure(reference):
+        raise ValueError(
+            f"{name} must have the structure of {reference_name}, but {name} is {jax.tree.structure(tree)} and "
+            f"{reference_name} is {jax.tree.structure(reference)}"
+        )
+
+
+def _accurate(x: Array) -> Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _is_floating(leaf: object) -> bool:
+    dtype = getattr(leaf, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jnp.floating)
+
+
+def _describe(leaf: object) -> str:
+    dtype = getattr(leaf, "dtype", None)
+    return f"{dtype}{list(getattr(leaf, 'shape', ()))}" if dtype is not None else f"a {type(leaf).__name__}"
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "no leaf" if shape is None else f"shape {shape}"

@@ -1,0 +1,20 @@
+"""Settings that every test shares."""
+
+import jax
+import pytest
+
+# Chains over several devices are tested on forced CPU devices; it must be said before JAX is used.
+jax.config.update("jax_num_cpu_devices", 4)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """Keep compiled programs of the command line out of the user's cache, and share them among the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture
+def key():
+    return jax.random.key(0)

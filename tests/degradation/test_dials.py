@@ -1,0 +1,61 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from slt_interp.degradation.dials import TemperedPosterior, WeightNoise
+from slt_interp.degradation.matching import LossProbe, match
+
+DATA = jax.random.normal(jax.random.key(1), (200, 5))
+PARAMS = {"w": DATA.mean(axis=0)}
+
+
+def loss_fn(params, batch):
+    return 0.5 * jnp.mean(jnp.sum((params["w"] - batch) ** 2, axis=1))
+
+
+def excess(params):
+    floor = loss_fn(PARAMS, DATA)
+    return np.asarray(jax.vmap(jax.vmap(lambda p: loss_fn(p, DATA) - floor))(params), np.float64)
+
+
+def test_weight_noise_has_its_level_as_standard_deviation(key):
+    degraded = WeightNoise().draw(key, PARAMS, 0.3, num_chains=50, num_draws=40)
+    z = (np.asarray(degraded.params["w"]) - np.asarray(PARAMS["w"])) / 0.3
+    assert z.shape == (50, 40, 5)
+    assert abs(z.var() - 1) < 4 * np.sqrt(2 / z.size)
+
+
+def test_equal_keys_give_equal_noise_at_every_level(key):
+    small, large = (WeightNoise().draw(key, PARAMS, s, num_chains=2, num_draws=3).params["w"] - PARAMS["w"] for s in (0.1, 1.0))
+    np.testing.assert_allclose(10 * small, large, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("nbeta", [20.0, 200.0])
+def test_tempered_posterior_raises_the_loss_by_its_exact_amount(key, nbeta):
+    dial = TemperedPosterior(loss_fn, DATA, 2.0, batch_size=200, num_burnin=500, thinning=20, tolerance=0.02, progress=False)
+    degraded = dial.draw(key, PARAMS, nbeta, num_chains=16, num_draws=200)
+    exact = 5 / 2 / (nbeta + 2)
+    per_chain = excess(degraded.params).mean(axis=1)
+    error = per_chain.std(ddof=1) / 4
+    # The step adds the tolerance, 2 %; gradient noise of variance nbeta^2 / 200 <= nbeta + 2 adds at most as much again; and
+    # the pilot that sets the step knows the energy to a factor of 2 (4 chains x 5 directions).
+    assert abs(per_chain.mean() - exact) < 4 * error + exact * 2 * (0.02 + 0.02)
+    assert degraded.estimate.nbeta == nbeta
+
+
+@pytest.mark.parametrize("wanted", [1e-3, 0.1])
+def test_match_meets_the_wanted_loss_and_the_exact_level(key, wanted):
+    found = match(
+        key, WeightNoise(), PARAMS, LossProbe(loss_fn, DATA), wanted, bracket=(1e-4, 10.0), num_chains=20, num_draws=100
+    )
+    assert found.excess_loss == pytest.approx(wanted, rel=0.01)
+    # E[excess] = 5 sigma^2 / 2; over 2,000 draws its relative sd is sqrt(2 / 5 / 2000), and sigma's half of that.
+    assert abs(found.level / np.sqrt(wanted / 2.5) - 1) < 4 * 0.5 * np.sqrt(2 / 5 / 2000) + 0.005
+    assert excess(found.degraded.params).mean() == pytest.approx(found.excess_loss, rel=1e-3)
+    assert 0 < found.std_error < 0.05 * wanted
+
+
+def test_loss_beyond_the_dial_is_an_error(key):
+    with pytest.raises(ValueError, match=r"excess losses of .* does not lie between: widen the bracket"):
+        match(key, WeightNoise(), PARAMS, LossProbe(loss_fn, DATA), 100.0, bracket=(1e-4, 1.0), num_chains=4, num_draws=4)

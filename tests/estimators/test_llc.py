@@ -1,0 +1,132 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from slt_interp import SGLD, FullBatch, LocalPosterior, estimate_llc, estimate_spectrum, llc, mean_loss, sample
+from slt_interp.errors import InputError
+from slt_interp.estimators.calibration import settled_step_size
+
+X = jax.random.normal(jax.random.key(3), (400, 6))
+DATA = {"x": X, "y": X @ jnp.arange(6.0) + jax.random.normal(jax.random.key(4), (400,))}
+CENTER = jnp.linalg.lstsq(DATA["x"], DATA["y"])[0]
+
+
+def regression(w, batch):
+    return 0.5 * jnp.mean((batch["x"] @ w - batch["y"]) ** 2)
+
+
+def test_linear_regression_meets_its_exact_value_with_nothing_hand_set(key):
+    estimate = estimate_llc(key, regression, CENTER, DATA, progress=False)
+    assert estimate.nbeta == pytest.approx(400 / np.log(400))
+    exact, _ = estimate_spectrum(key, regression, CENTER, DATA).llc(estimate.nbeta, 1.0)
+    # The step is chosen so that its bias is 2.5 % on what its pilot measured; the pilot is within a factor of 1.5.
+    assert abs(estimate.llc - exact) < 4 * estimate.std_error + 1.5 * 0.025 * exact
+    assert estimate.status == "ok"
+    assert str(estimate).startswith(f"LLC {estimate.llc:.4g} +- ")
+
+
+def test_minibatch_run_sees_the_whole_dataset_in_nbeta(key):
+    data = jax.tree.map(lambda x: jnp.tile(x, (25, *[1] * (x.ndim - 1))), DATA)
+    kernel = functools.partial(SGLD, step_size=2e-5)
+    estimate = estimate_llc(key, regression, CENTER, data, kernel=kernel, num_chains=4, max_gradients=400, progress=False)
+    assert estimate.nbeta == pytest.approx(10_000 / np.log(10_000))
+    assert estimate.diagnostics["gradients_per_chain"] == 400
+
+
+def test_same_key_gives_the_same_estimate(key):
+    first, second = (
+        estimate_llc(key, regression, CENTER, DATA, num_chains=4, max_gradients=200, progress=False) for _ in range(2)
+    )
+    assert (first.llc, first.std_error, first.rhat) == (second.llc, second.std_error, second.rhat)
+
+
+def test_thin_arms_that_chains_miss_are_not_called_ok(key):
+    # exp(-N (ab)^2 / 2 - |w|^2 / 2): exact E[N K] is .3813 at N = 1000; 6,000 SGLD steps do not explore it.
+    estimate = estimate_llc(key, lambda w, b: 0.5 * jnp.prod(w) ** 2, jnp.zeros(2), None, nbeta=1000.0, progress=False)
+    assert estimate.status != "ok" or abs(estimate.llc - 0.3813) < max(0.05 * 0.3813, 3 * estimate.std_error)
+
+
+def test_error_of_init_loss_enters_the_error_bar(key):
+    target = LocalPosterior(regression, CENTER, 50.0, 1.0)
+    draws = sample(key, SGLD(target, 1e-3), CENTER, FullBatch(DATA), num_chains=4, num_draws=50, progress=False)
+    base = float(regression(CENTER, DATA))
+    plain, noisy = llc(draws, base), llc(draws, base, init_loss_std_error=0.1)
+    assert noisy.std_error == pytest.approx(np.hypot(plain.std_error, 50 * 0.1))
+    shifted = llc(draws, base + 0.1)
+    assert shifted.llc == pytest.approx(plain.llc - 5.0)
+
+
+def test_burn_in_is_not_averaged_in(key):
+    start = CENTER + 3.0
+    target = LocalPosterior(regression, CENTER, 50.0, 1.0)
+    settings = {"num_chains": 8, "num_draws": 100, "thinning": 4, "progress": False}
+    draws = sample(key, SGLD(target, 5e-3), start, FullBatch(DATA), num_burnin=1000, **settings)
+    assert llc(draws, float(regression(CENTER, DATA))).llc < 10  # 50 x the loss at the start is above 500
+    assert draws.loss.shape == (8, 100)
+
+
+def test_center_that_is_no_minimum_is_explained(key):
+    estimate = estimate_llc(key, regression, CENTER + 0.5, DATA, localization=1.0, max_gradients=2000, progress=False)
+    assert estimate.llc < 0
+    assert estimate.status == "do not trust"
+    assert any("the estimate is negative" in warning and "polish" in warning for warning in estimate.warnings)
+
+
+def test_too_large_steps_are_named_by_the_virial(key):
+    kernel = functools.partial(SGLD, step_size=2.0 / (400 / np.log(400)))
+    estimate = estimate_llc(key, regression, CENTER, DATA, kernel=kernel, progress=False)
+    assert any("discretization or minibatch noise" in warning for warning in estimate.warnings)
+
+
+def test_unspread_flat_directions_are_named_by_the_virial(key):
+    flat = estimate_llc(key, lambda w, b: 0.5 * w[0] ** 2, jnp.zeros(20), None, nbeta=1e5, max_gradients=400, progress=False)
+    assert flat.status == "do not trust"
+    assert any("flat directions have not spread" in warning for warning in flat.warnings)
+
+
+def test_constant_loss_has_llc_zero(key):
+    estimate = estimate_llc(key, lambda w, b: 0.0 * jnp.sum(w), jnp.zeros(3), None, nbeta=10.0, progress=False)
+    assert (estimate.llc, estimate.std_error) == (0.0, 0.0)
+
+
+def test_step_size_stays_below_half_the_limit_of_stability(key):
+    # One stiff direction among many: the trace alone would allow a step at which it diverges.
+    curvature = jnp.concatenate([jnp.array([1000.0]), jnp.full(500, 1e-2)])
+    target = LocalPosterior(lambda w, b: 0.5 * jnp.sum(curvature * w**2), jnp.zeros(501), 100.0, 1.0)
+    step_size = settled_step_size(key, target, jnp.zeros(501), FullBatch(None))
+    assert 0 < step_size * (100.0 * 1000 + 1) <= 2.2  # 2, and what 12 power iterations may miss
+
+
+@pytest.mark.parametrize("count", [1, 63, 64, 100, 401])
+def test_mean_loss_over_blocks_is_the_mean(count):
+    data = jax.tree.map(lambda x: jnp.concatenate([x, x])[:count], DATA)
+    mean, error = mean_loss(regression, CENTER + 1, data)
+    losses = 0.5 * (np.asarray(data["x"], float) @ np.asarray(CENTER + 1, float) - np.asarray(data["y"], float)) ** 2
+    assert mean == pytest.approx(losses.mean(), rel=1e-5)
+    if count > 60:
+        # The error is itself estimated from at most 64 groups: its relative sd is about sqrt(kurtosis / groups) < .4.
+        assert error == pytest.approx(losses.std(ddof=1) / np.sqrt(count), rel=0.5)
+    else:
+        assert np.isnan(error)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"),
+    [
+        ({"nbeta": 0.0}, InputError, "nbeta must be positive, but is 0.0"),
+        ({"nbeta": -2.0}, InputError, "nbeta must be positive, but is -2.0"),
+        ({"data": None}, InputError, "nbeta has no default with no examples: give nbeta"),
+        ({"data": {"x": X, "y": X[:-1, 0]}}, InputError, r"\['x'\]: 400, \['y'\]: 399"),
+        ({"params": jnp.arange(6)}, TypeError, "floating arrays"),
+        ({"loss_fn": lambda w, b: w}, TypeError, "real scalar"),
+        ({"localization": -1.0}, InputError, "localization must be positive"),
+        ({"mask": {"a": True}}, ValueError, "mask"),
+    ],
+)
+def test_bad_input_gets_one_clear_sentence(key, arguments, kind, message):
+    arguments = {"loss_fn": regression, "params": CENTER, "data": DATA} | arguments
+    with pytest.raises(kind, match=message):
+        estimate_llc(key, progress=False, **arguments)

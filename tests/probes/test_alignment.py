@@ -1,0 +1,64 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from slt_interp.models.mlp import MLP
+from slt_interp.probes.alignment import cayley, fit_alignment, random_rotations
+from slt_interp.tasks.hierarchical_equality import draw_counterfactuals
+from tests.probes.handcrafted import NETWORK, handcrafted_params
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
+def test_cayley_gives_rotations(key, scale):
+    rotation = cayley(scale * jax.random.normal(key, (16, 16)))
+    # Rounding of a solve: condition of I + A is at most about 1 + |A|, here below 1e3 float32 epsilons.
+    np.testing.assert_allclose(rotation @ rotation.T, np.eye(16), atol=1e-4)
+    assert float(jnp.linalg.det(rotation)) == pytest.approx(1.0, abs=1e-3)
+
+
+def test_search_finds_the_circuit_of_the_handcrafted_network(key):
+    params = handcrafted_params(sharpness=1.0)
+    fit = fit_alignment(key, NETWORK, params, "layer1", (8, 8), draw_counterfactuals, num_steps=600, num_restarts=3)
+    assert fit.restart_iia.shape == (3,)
+    assert fit.restart_iia.max() > 0.95
+    # What follows reads units 0-7 and 8-15 by their sums only: those two directions carry the variables.
+    for v in range(2):
+        direction = np.kron(np.eye(2)[v], np.ones(8)) / np.sqrt(8)
+        coordinates = direction @ np.asarray(fit.alignment.rotation)
+        assert np.sum(coordinates**2 * np.asarray(fit.alignment.masks[v])) > 0.95
+
+
+def test_network_that_computes_nothing_has_no_alignment(key):
+    network = MLP((16, 16, 16, 16, 2))
+    fit = fit_alignment(key, network, network.init(key), "layer3", (8, 8), draw_counterfactuals, num_steps=50, num_restarts=2)
+    # The best of 2 restarts on 4,096 examples of a coin: .5 + at most 4 binomial errors.
+    assert fit.restart_iia.max() < 0.5 + 4 * 0.5 / np.sqrt(4096) + 0.02
+
+
+def test_fit_is_kept_orthogonal(key):
+    fit = fit_alignment(
+        key, NETWORK, handcrafted_params(), "layer1", (2, 3), draw_counterfactuals, num_steps=50, num_restarts=1
+    )
+    rotation = fit.alignment.rotation
+    np.testing.assert_allclose(rotation @ rotation.T, np.eye(16), atol=1e-5)
+    assert fit.alignment.masks.sum(axis=1).tolist() == [2, 3]
+
+
+def test_random_rotations_have_the_moments_of_the_haar_measure(key):
+    rotations = np.asarray(random_rotations(key, 4000, 4), np.float64)
+    np.testing.assert_allclose(rotations @ rotations.swapaxes(1, 2), np.broadcast_to(np.eye(4), (4000, 4, 4)), atol=1e-5)
+    # An entry has mean 0, second moment 1/4 and fourth 3/24; the trace has mean 0 and variance 1.
+    entry, trace = rotations[:, 0, 0], np.trace(rotations, axis1=1, axis2=2)
+    assert abs((entry**2).mean() - 1 / 4) < 4 * np.sqrt((3 / 24 - 1 / 16) / 4000)
+    assert abs(entry.mean()) < 4 * np.sqrt(1 / 4 / 4000)
+    assert abs(trace.mean()) < 4 / np.sqrt(4000)
+    assert abs((trace**2).mean() - 1) < 4 * np.sqrt((3 - 1) / 4000)
+
+
+def test_unknown_site_and_too_many_directions_are_errors(key):
+    params = handcrafted_params()
+    with pytest.raises(ValueError, match="no site 'head'"):
+        fit_alignment(key, NETWORK, params, "head", (8, 8), draw_counterfactuals)
+    with pytest.raises(ValueError, match="3 directions were asked for"):
+        fit_alignment(key, NETWORK, params, "layer2", (2, 1), draw_counterfactuals)

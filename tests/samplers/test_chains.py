@@ -1,0 +1,231 @@
+"""`sample`: the same numbers whatever the host loop does."""
+
+import functools
+
+import equinox as eqx
+import flax.linen as linen
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from slt_interp import SGLD, FullBatch, LocalPosterior, Minibatches, keep_params, llc, sample
+from slt_interp.errors import InputError
+from slt_interp.samplers.chains import advance, chain_mesh
+from slt_interp.samplers.diagnostics import std_error
+
+DATA = {"x": jax.random.normal(jax.random.key(1), (60, 3)), "y": jax.random.normal(jax.random.key(2), (60,))}
+PARAMS = {"bias": jnp.zeros(1), "kernel": jnp.ones((3, 1))}
+
+
+def loss_fn(params, batch):
+    return jnp.mean((batch["x"] @ params["kernel"] + params["bias"] - batch["y"][:, None]) ** 2)
+
+
+def run(key, loss_fn=loss_fn, params=PARAMS, nbeta=20.0, batches=None, **settings):
+    batches = Minibatches(DATA, 16) if batches is None else batches
+    kernel = SGLD(LocalPosterior(loss_fn, params, nbeta, 2.0), 1e-3)
+    settings = {
+        "num_chains": 4,
+        "num_draws": 30,
+        "num_burnin": 7,
+        "thinning": 3,
+        "collect": keep_params,
+        "progress": False,
+    } | settings
+    return sample(key, kernel, params, batches, **settings)
+
+
+def assert_same(left, right):
+    for a, b in zip(jax.tree.leaves((left.info, left.collected)), jax.tree.leaves((right.info, right.collected)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def assert_close(left, right):
+    for a, b in zip(jax.tree.leaves((left.info, left.collected)), jax.tree.leaves((right.info, right.collected)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, 30, 100])
+def test_chunk_size_changes_no_bit(key, chunk_size):
+    assert_same(run(key), run(key, chunk_size=chunk_size))
+
+
+def test_progress_bar_changes_no_bit(key, capsys):
+    assert_same(run(key), run(key, progress=True))
+    assert "sample" in capsys.readouterr().err
+
+
+def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(key, tmp_path):
+    whole = run(key)
+    run(key, num_draws=11, chunk_size=4, checkpoint=tmp_path / "run")
+    assert_same(whole, run(key, chunk_size=5, checkpoint=tmp_path / "run"))
+    # A third call has nothing left to do, and still gives everything.
+    assert_same(whole, run(key, checkpoint=tmp_path / "run"))
+
+
+def test_checkpoint_of_another_run_is_refused_and_kept(key, tmp_path):
+    run(key, checkpoint=tmp_path / "run")
+    with pytest.raises(InputError, match="another run"):
+        run(jax.random.key(9), checkpoint=tmp_path / "run")
+    with pytest.raises(InputError, match="already holds 30 draws"):
+        run(key, num_draws=10, checkpoint=tmp_path / "run")
+    assert_same(run(key), run(key, checkpoint=tmp_path / "run"))
+
+
+@pytest.mark.parametrize("settings", [{"block_size": 1}, {"block_size": 2}, {"block_size": 3}, {"block_size": 100}])
+def test_block_size_changes_rounding_only(key, settings):
+    assert_close(run(key, num_chains=6), run(key, num_chains=6, **settings))
+
+
+def test_chain_does_not_depend_on_the_number_of_chains(key):
+    many, few = run(key, num_chains=8), run(key, num_chains=3)
+    first = jax.tree.map(lambda x: x[:3], (many.info, many.collected))
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves((few.info, few.collected)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_chains_over_devices_agree_to_rounding(key):
+    def scanning(params, batch):
+        return jax.lax.scan(lambda total, x: (total + x, None), 0.0 * params["bias"][0], jnp.ones(3))[0] + loss_fn(
+            params, batch
+        )
+
+    mesh = chain_mesh(8)
+    assert mesh.shape["chain"] == 4
+    assert_close(run(key, scanning, num_chains=8), run(key, scanning, num_chains=8, mesh=mesh))
+    with pytest.raises(InputError, match="divides num_chains = 6"):
+        run(key, num_chains=6, mesh=mesh)
+
+
+def test_chains_draw_their_own_batches(key):
+    losses = run(key, num_draws=1, num_burnin=0, thinning=1).loss[:, 0]
+    assert len(np.unique(losses)) == 4
+
+
+def test_info_belongs_to_the_collected_state(key):
+    draws = run(key, batches=FullBatch(DATA), thinning=1)
+    recomputed = jax.vmap(jax.vmap(lambda p: loss_fn(p, DATA)))(draws.collected)
+    np.testing.assert_allclose(draws.loss, recomputed, rtol=1e-5)
+
+
+def test_loss_is_averaged_over_the_steps_of_a_draw(key):
+    fine, coarse = run(key, thinning=1, num_draws=30), run(key, thinning=5, num_draws=6)
+    np.testing.assert_allclose(fine.loss.reshape(4, 6, 5).mean(axis=2), coarse.loss, rtol=1e-5)
+    np.testing.assert_array_equal(fine.collected["kernel"][:, 4::5], coarse.collected["kernel"])
+
+
+def test_other_nbeta_step_size_and_counts_compile_nothing(key):
+    traces = []
+
+    def counting(params, batch):
+        traces.append(1)
+        return loss_fn(params, batch)
+
+    run(key, counting)
+    first, compiled = len(traces), advance._cache_size()
+    for nbeta in (1.0, 50.0):
+        run(key, counting, nbeta=nbeta)
+    kernel = SGLD(LocalPosterior(counting, PARAMS, 3.0, 1.0), 2e-4)
+    settings = {"num_chains": 4, "collect": keep_params, "progress": False, "chunk_size": 2}
+    sample(key, kernel, PARAMS, Minibatches(DATA, 16), num_draws=8, num_burnin=50, thinning=2, **settings)
+    assert (len(traces), advance._cache_size()) == (first, compiled)
+
+
+class NnxModel(nnx.Module):
+    def __init__(self, rngs):
+        self.dense = nnx.Linear(3, 1, rngs=rngs)
+
+    def __call__(self, x):
+        return self.dense(x)
+
+
+class LinenModel(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        return linen.Dense(1, name="dense")(x)
+
+
+def squared_error(predict, params, batch):
+    return jnp.mean((predict(params, batch["x"]) - batch["y"][:, None]) ** 2)
+
+
+def test_dict_nnx_and_linen_parameters_give_the_same_chain_bit_for_bit(key):
+    graph, state = nnx.split(NnxModel(nnx.Rngs(0)), nnx.Param)
+    plain = {"dense": nnx.to_pure_dict(state)["dense"]}
+    linen_model = LinenModel()
+    forms = {
+        "dict": (lambda p, x: x @ p["dense"]["kernel"] + p["dense"]["bias"], plain),
+        "nnx": (lambda p, x: nnx.merge(graph, p)(x), state),
+        "linen": (lambda p, x: linen_model.apply(p, x), {"params": plain}),
+    }
+    runs = {name: run(key, functools.partial(squared_error, predict), params) for name, (predict, params) in forms.items()}
+    assert_same(runs["dict"], runs["nnx"])
+    assert_same(runs["dict"], runs["linen"])
+
+
+def test_equinox_parameters_give_the_same_law(key):
+    params, static = eqx.partition(eqx.nn.Linear(3, 1, key=key), eqx.is_inexact_array)
+
+    def predict(params, x):
+        return jax.vmap(eqx.combine(params, static))(x)
+
+    plain = {"kernel": params.weight.T, "bias": params.bias}
+    settings = {"num_chains": 32, "num_draws": 200, "num_burnin": 400, "thinning": 10, "batches": FullBatch(DATA)}
+    ours = run(key, functools.partial(squared_error, predict), params, **settings).loss
+    dicts = run(jax.random.key(5), loss_fn, plain, **settings).loss
+    error = np.hypot(std_error(ours), std_error(dicts))
+    assert abs(ours.mean() - dicts.mean()) < 4 * error
+
+
+def test_bf16_model_keeps_float32_positions(key):
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
+    draws = run(key, params=params)
+    assert draws.collected["kernel"].dtype == np.float32
+    # Steps are far below bf16's spacing of 2^-8 at 1, and still add up.
+    assert len(np.unique(draws.collected["kernel"][0, :, 0, 0])) == 30
+
+
+def walled(params, batch):
+    """Finite on one side of a wall that some of the chains cross."""
+    return jnp.sum(jnp.where(params["kernel"] > 1.12, jnp.nan, 0.0)) + 0.5 * jnp.sum(params["kernel"] ** 2)
+
+
+def test_non_finite_chain_is_marked_reported_and_left_out(key):
+    draws = run(key, walled, num_chains=16, batches=FullBatch(None))
+    assert 0 < draws.is_finite.sum() < 16, "the wall is meant to be crossed by some chains"
+    estimate = llc(draws, 1.5)
+    assert len(estimate.per_chain) == draws.is_finite.sum()
+    np.testing.assert_allclose(estimate.llc, 20.0 * (draws.loss[draws.is_finite].astype(float) - 1.5).mean())
+    assert estimate.status == "do not trust"
+    assert f"{(~draws.is_finite).sum()} of 16 chains became non-finite" in estimate.warnings[0]
+
+
+def test_no_finite_chain_is_an_error_that_names_the_step_size(key):
+    kernel = SGLD(LocalPosterior(lambda p, b: jnp.sum(p["kernel"] ** 4), PARAMS, 1.0, 1.0), 10.0)
+    with pytest.raises(InputError, match=r"all 4 chains became non-finite: take a smaller step_size \(now 10"):
+        sample(key, kernel, PARAMS, FullBatch(None), num_chains=4, num_draws=100, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "message"),
+    [
+        ({"num_chains": 0}, InputError, "num_chains must be at least 1, but is 0"),
+        ({"num_draws": 0}, InputError, "num_draws must be at least 1"),
+        ({"thinning": 0}, InputError, "thinning must be at least 1"),
+        ({"num_burnin": -1}, InputError, "num_burnin must be at least 0"),
+        ({"chunk_size": 0}, InputError, "chunk_size must be at least 1"),
+        ({"batches": Minibatches(DATA, 61)}, InputError, "a batch of 61 examples"),
+        ({"params": {"kernel": jnp.arange(3)}}, TypeError, r"center must be a pytree of floating arrays.*kernel.*int32"),
+    ],
+)
+def test_bad_input_gets_one_clear_sentence(key, settings, kind, message):
+    with pytest.raises(kind, match=message) as caught:
+        run(key, **settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_old_style_key_is_refused():
+    with pytest.raises(TypeError, match=r"typed PRNG key, as jax\.random\.key\(0\)"):
+        run(jax.random.PRNGKey(0))
