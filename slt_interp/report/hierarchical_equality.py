@@ -205,11 +205,13 @@ def _volume(results: Results, run: RunDirectory) -> Section:
 def _degradation(results: Results) -> Section:
     levels, sites = results["degradation"]["levels"], results["alignment"]["sites"]
     curves = {site: {title: _curve(levels, name, site) for name, title in DIALS.items()} for site in sites}
-    figure = figures.survival(curves, {site: (found["iia"], found["random_iia"]) for site, found in sites.items()})
+    center = results["degradation"]["center_iia"]
+    figure = figures.survival(curves, {site: (center[site], found["random_iia"]) for site, found in sites.items()})
     worst = min(min(level["dials"][name]["accuracy"] for name in DIALS) for level in levels)
     flagged = [f"{level['nbeta']:.0f}" for level in levels if level["estimate"]["status"] != OK]
     sentences = (
         *(_survival_sentence(results, site) for site in sites),
+        "The black lines are the trained network on the same examples.",
         f"Bars are two standard errors over {len(levels[0]['dials']['posterior']['excess_loss_per_chain'])} chains (for noise: as many "
         "independent groups of draws); the alignments are the ones found at the trained weights, not refitted.",
         f"Accuracy falls to {worst:.2f} at the strongest level, and .5 is chance: there IIA says little about a circuit."

@@ -6,6 +6,7 @@ noise of equal loss?
 """
 
 import functools
+import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Float
+from tqdm.auto import tqdm
 
 from slt_interp.curvature.spectrum import Spectrum, estimate_spectrum
 from slt_interp.data import Counterfactuals, FullBatch
@@ -181,6 +183,8 @@ def compute(config: Config, run: RunDirectory, progress: bool) -> dict[str, Any]
     results: dict[str, Any] = {}
 
     def stage(name: str, function: Any, *inputs: Any) -> Arrays:
+        if progress:
+            tqdm.write(f"{_STAGES.index(name) + 1}/{len(_STAGES)} {name}", file=sys.stderr)
         results[name], arrays = run.stage(name, lambda: function(keys[name], config, loss_fn, progress, *inputs))
         return arrays
 
@@ -365,13 +369,13 @@ def _llc(
 def _align(
     key: Array, config: Config, loss_fn: SmoothedCrossEntropy, progress: bool, params: Params
 ) -> tuple[dict[str, Any], Arrays]:
-    del loss_fn, progress
+    del loss_fn
     found: dict[str, Any] = {"sites": {}}
     arrays: Arrays = {}
     fit_key, test_key, random_key = jax.random.split(key, 3)
     sizes = (config.alignment_size, config.alignment_size)
     examples = draw_counterfactuals(test_key, config.num_counterfactuals)
-    for i, site in enumerate(NETWORK.sites):
+    for i, site in enumerate(tqdm(NETWORK.sites, desc="alignments", unit="site", disable=not progress, leave=False)):
         fit = fit_alignment(
             jax.random.fold_in(fit_key, i),
             NETWORK,
@@ -465,7 +469,10 @@ def _degrade(
                 "dials": {"posterior": by_posterior, "weight_noise": measure(matched.degraded, matched.level)},
             }
         )
-    return {"init_loss": init_loss, "localization": config.localization, "levels": levels}, {}
+    # The trained network on the same examples, so that their sampling error drops out of the comparison.
+    undamaged = over_draws(probe_key, probe, jax.tree.map(lambda w: w[None, None], params))
+    center = {site: float(undamaged[f"iia {site}"][0, 0]) for site in probes}
+    return {"init_loss": init_loss, "localization": config.localization, "center_iia": center, "levels": levels}, {}
 
 
 @functools.partial(jax.jit, static_argnames=("site",))

@@ -7,7 +7,7 @@ import pytest
 
 from slt_interp import SGLD, FullBatch, LocalPosterior, estimate_llc, estimate_spectrum, llc, mean_loss, sample
 from slt_interp.errors import InputError
-from slt_interp.estimators.calibration import settled_step_size
+from slt_interp.estimators.calibration import predicted_step_bias, settled_step_size
 
 X = jax.random.normal(jax.random.key(3), (400, 6))
 DATA = {"x": X, "y": X @ jnp.arange(6.0) + jax.random.normal(jax.random.key(4), (400,))}
@@ -22,10 +22,23 @@ def test_linear_regression_meets_its_exact_value_with_nothing_hand_set(key):
     estimate = estimate_llc(key, regression, CENTER, DATA, progress=False)
     assert estimate.nbeta == pytest.approx(400 / np.log(400))
     exact, _ = estimate_spectrum(key, regression, CENTER, DATA).llc(estimate.nbeta, 1.0)
-    # The step is chosen so that its bias is 2.5 % on what its pilot measured; the pilot is within a factor of 1.5.
-    assert abs(estimate.llc - exact) < 4 * estimate.std_error + 1.5 * 0.025 * exact
+    # What is predicted to first order of the step is off by its second order, about the square of the relative bias.
+    bias = estimate.diagnostics["predicted_step_bias"]
+    assert 0 < bias < 0.05 * exact
+    assert abs(estimate.llc - bias - exact) < 4 * estimate.std_error + bias**2 / exact
     assert estimate.status == "ok"
     assert str(estimate).startswith(f"LLC {estimate.llc:.4g} +- ")
+
+
+def test_predicted_step_bias_is_that_of_the_exact_law(key):
+    curvature = jnp.array([4.0, 1.0, 0.25])
+    target = LocalPosterior(
+        lambda w, b: 0.5 * jnp.sum(curvature * w**2), jnp.zeros(3), 100.0, 1.0, jnp.array([True, True, False])
+    )
+    points = jax.random.normal(key, (50, 3))
+    # Hutchinson's estimate with z / |z| in 2 dimensions: sd of z H z 2 / |z|^2 is (4 - 1) / sqrt(2), over 200 probes.
+    error = 1e-3 / 8 * 100 * 3 / np.sqrt(2 * 200)
+    assert abs(predicted_step_bias(key, target, 1e-3, points, None) - 1e-3 / 8 * 100 * 5.0) < 4 * error
 
 
 def test_minibatch_run_sees_the_whole_dataset_in_nbeta(key):
