@@ -163,8 +163,8 @@ def check_target(target: LocalPosterior, params: Params, batch: Batch) -> None:
             f"loss_fn must return a real scalar, the mean loss per example in nats, but returned {given}: take the "
             "mean over the batch and return nothing else"
         )
-    if jnp.any(jnp.asarray(target.nbeta) < 0):
-        raise InputError(f"nbeta must not be negative, but is {target.nbeta}: n / log n is customary")
+    if not jnp.all((jnp.asarray(target.nbeta) >= 0) & jnp.isfinite(jnp.asarray(target.nbeta))):
+        raise InputError(f"nbeta must be finite and not negative, but is {target.nbeta}: n / log n is customary")
     if not isinstance(target.localization, Gaussian) and not jnp.all(jnp.asarray(target.localization) > 0):
         raise InputError(
             f"localization must be positive, but is {target.localization}: without it flat directions have no bound; "
@@ -177,9 +177,12 @@ def _check_mask(mask: PyTree[Real] | None, center: Params) -> None:
         return
     try:
         jax.tree.map(lambda c, m: jnp.broadcast_to(jnp.asarray(m, bool), c.shape), center, broadcast(mask, center))
+        selected = any(bool(jnp.any(jnp.asarray(m, bool))) for m in jax.tree.leaves(mask))
     except (ValueError, TypeError) as error:
         detail = str(error).splitlines()[0]
         raise ValueError(
             f"mask must be True or False, alone or for each leaf of center, or a boolean array for each leaf, but does not fit "
             f"({detail}): build it with jax.tree.map over center"
         ) from None
+    if not selected:
+        raise ValueError("mask selects no coordinate: set it True where weights are to be sampled")

@@ -11,7 +11,9 @@ import json
 import math
 import os
 import platform
+import re
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -55,8 +57,12 @@ class RunDirectory:
 
     def arrays(self, stage: str) -> Arrays:
         """Read the arrays of a finished stage."""
-        with np.load(self.path / "stages" / f"{stage}.npz") as file:
-            return dict(file)
+        path = self.path / "stages" / f"{stage}.npz"
+        try:
+            with open(path, "rb") as file, np.load(file) as arrays:
+                return dict(arrays)
+        except (ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise InputError(_damaged(path, error)) from None
 
     def stage(self, name: str, compute: Callable[[], tuple[dict[str, Any], Arrays]]) -> tuple[dict[str, Any], Arrays]:
         """Compute a stage, or read what an earlier run of this directory found.
@@ -98,7 +104,7 @@ def open_run(path: Path, config: dict[str, Any]) -> RunDirectory:
         differing = _difference(run.config, config)
         if differing:
             raise InputError(f"{path} holds another run ({differing}): give another --out, or remove that directory")
-    elif path.is_dir() and any(path.iterdir()):
+    elif path.is_dir() and any(file.suffix != _PART for file in path.iterdir()):
         raise InputError(f"{path} holds files but no config.json, so it is no run directory: give another --out")
     elif path.exists() and not path.is_dir():
         raise InputError(f"{path} is a file, but a directory was expected: give another --out")
@@ -141,7 +147,7 @@ class Checkpoints:
         found = (self._manager.metadata().custom_metadata or {}).get("identity")
         if known and found != identity:
             raise InputError(
-                f"{path} holds the checkpoints of another run (another key, kernel, start or number of chains): give "
+                f"{path} holds the checkpoints of another run (another key, kernel, start, data, collect or counts): give "
                 "another directory, or remove that one"
             )
 
@@ -158,9 +164,10 @@ class Checkpoints:
             yield structure.unflatten(np.asarray(leaves[str(i)]) for i in range(structure.num_leaves))
 
 
-def fingerprint(tree: PyTree, *settings: int) -> str:
-    """Hash a pytree (structure, dtypes, values) and settings: equal runs have equal fingerprints."""
-    digest = hashlib.sha256(repr((settings, [str(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)])).encode())
+def fingerprint(tree: PyTree, *settings: Any) -> str:
+    """Hash a pytree (structure, static fields, dtypes and values) and settings, by their repr without addresses."""
+    structure = re.sub(r" at 0x[0-9a-f]+", "", repr((jax.tree.structure(tree), settings)))
+    digest = hashlib.sha256(structure.encode())
     for leaf in jax.tree.leaves(tree):
         if isinstance(leaf, jax.Array) and jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)
@@ -195,7 +202,14 @@ def _difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> s
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text())
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(_damaged(path, error)) from None
+
+
+def _damaged(path: Path, error: Exception) -> str:
+    return f"{path} is damaged ({error}): remove it if it lies in stages/, or the whole directory, and run again"
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
@@ -203,10 +217,14 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
         part.write_text(_dump_json(value) + "\n")
 
 
+_PART = ".part"
+"""Ending of a file that is being written; one that is left over means nothing."""
+
+
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """Write beside a file, then take its place: a reader sees the old file or the new one, never half of one."""
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(path.name + _PART)
     yield part
     part.replace(path)
 

@@ -88,7 +88,7 @@ def check_params(params: Params, name: str = "params") -> None:
     if nnx is not None and isinstance(params, nnx.Module):
         raise TypeError(
             f"{name} is a whole flax nnx module, {type(params).__name__}{where}, but a pytree of weights was expected: "
-            "split it with `graphdef, params = nnx.split(model, nnx.Param, ...)[:2]` and give `params`"
+            "split it with `graphdef, params, rest = nnx.split(model, nnx.Param, ...)`, give `params`, and merge in loss_fn"
         )
     if strange is not None:
         raise TypeError(

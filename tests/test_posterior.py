@@ -70,7 +70,7 @@ class Unhashable:
         (TypeError, LocalPosterior(Unhashable(), CENTER, 1.0, 1.0), "loss_fn must be hashable, but Unhashable is not"),
         (TypeError, LocalPosterior(lambda p, b: p["a"], CENTER, 1.0, 1.0), r"real scalar.* returned float32\[2\]"),
         (TypeError, LocalPosterior(lambda p, b: (p["a"].sum(), 1), CENTER, 1.0, 1.0), "real scalar.* returned tuple"),
-        (InputError, LocalPosterior(loss_fn, CENTER, -1.0, 1.0), "nbeta must not be negative, but is -1.0"),
+        (InputError, LocalPosterior(loss_fn, CENTER, -1.0, 1.0), "nbeta must be finite and not negative, but is -1.0"),
         (InputError, LocalPosterior(loss_fn, CENTER, 1.0, 0.0), "localization must be positive, but is 0.0"),
     ],
 )

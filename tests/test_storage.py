@@ -53,6 +53,11 @@ def test_directory_with_other_files_is_refused_and_untouched(tmp_path):
         open_run(tmp_path / "thesis.tex", {})
 
 
+def test_run_that_died_while_its_directory_was_made_starts_over(tmp_path):
+    (tmp_path / "config.json.part").write_text("{")
+    assert open_run(tmp_path, {"a": 1}).config == {"a": 1}
+
+
 def test_report_of_what_is_not_there_or_not_finished_is_refused(tmp_path):
     with pytest.raises(InputError, match="is no run directory"):
         read_run(tmp_path / "nowhere")

@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from slt_interp import cli
+from slt_interp.errors import InputError
 from slt_interp.report import hierarchical_equality as report
 from slt_interp.report.render import render
 from slt_interp.storage import RunDirectory, read_run
@@ -69,6 +71,7 @@ def test_equal_runs_give_equal_results(smoke, tmp_path):
     assert (tmp_path / "again" / "results.json").read_bytes() == (out / "results.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_unfinished_run_goes_on_after_its_last_stage(smoke, tmp_path):
     out, _ = smoke
     copied = tmp_path / "run"
@@ -155,7 +158,8 @@ def test_polish_lowers_loss_and_gradient(smoke):
 @pytest.mark.parametrize(
     ("path", "value", "expected"),
     [
-        (("training", "accuracy"), 0.75, "answers 75.000% of fresh examples"),
+        (("polish", "test_accuracy"), 0.75, "answers 75.000% of fresh examples"),
+        (("llc", "gaussian_step_bias"), 123.4, "is predicted to add 123.4 to the LLC"),
         (("llc", "llc"), 1234.5, "Its LLC is 1234.5 "),
         (("llc", "status"), "do not trust", "(do not trust)"),
         (("llc", "status"), "ok", "(no warning)"),
@@ -180,15 +184,28 @@ def test_changed_result_changes_its_sentence(smoke, path, value, expected):
 def test_dial_comparison_is_decided_by_its_errors(smoke):
     results = copy.deepcopy(read_run(smoke[0]).results)
     results["alignment"]["sites"]["layer1"] |= {"iia": 0.9, "random_iia": 0.5, "random_iia_std": 0.01}
-    for level in results["degradation"]["levels"]:
+    levels = results["degradation"]["levels"]
+    for level in levels:
+        level["estimate"]["status"] = "ok"
         for dial, value in (("posterior", 0.6), ("weight_noise", 0.8)):
+            level["dials"][dial]["accuracy"] = 0.9
             level["dials"][dial]["sites"]["layer1"] |= {"iia": value, "iia_std_error": 0.01}
-    sentence = next(s for s in report.findings(results) if "layer1" in s)
-    count = len(results["degradation"]["levels"])
-    assert f"less of it than weight noise at {count} of {count} levels and more at 0" in sentence
-    for level in results["degradation"]["levels"]:
+
+    def sentence():
+        return next(s for s in report.findings(results) if "layer1" in s)
+
+    count = len(levels)
+    assert f"less of it than weight noise at {count} of {count} levels and more at 0" in sentence()
+    levels[0]["estimate"]["status"] = "do not trust"
+    levels[1]["dials"]["posterior"]["accuracy"] = 0.6
+    assert f"at {count - 2} of {count - 2} levels" in sentence()
+    assert f"2 of {count} levels are left out" in sentence()
+    for level in levels:
         level["dials"]["posterior"]["sites"]["layer1"]["iia_std_error"] = 0.5
-    assert f"at 0 of {count} levels and more at 0" in next(s for s in report.findings(results) if "layer1" in s)
+    assert f"at 0 of {count - 2} levels and more at 0" in sentence()
+    for level in levels:
+        level["estimate"]["status"] = "do not trust"
+    assert "nothing can be said" in sentence()
 
 
 def test_warnings_stand_in_the_report(smoke, tmp_path):
@@ -275,17 +292,46 @@ def test_report_opens_in_a_browser_with_all_figures_visible(smoke, tmp_path):
         ),
         (("run", STUDY, "--preset=huge"), "there is no preset 'huge'"),
         (("report", "nowhere"), "nowhere is no run directory"),
-        (("run", STUDY, "--nbeta", "-3"), "nbeta must be positive, but is -3.0"),
-        (("run", STUDY, "--dial-nbetas", "3", "0", "1", "2", "4"), "dial_nbetas must be five or more positive numbers"),
-        (("run", STUDY, "--llc-chains", "1"), "must be at least 2"),
+        (("run", STUDY, "--nbeta", "-3"), "nbeta must lie between 1e-12 and 1e+12, but is -3.0"),
+        (("run", STUDY, "--localization", "0"), "localization must lie between 1e-12 and 1e+12, but is 0.0"),
+        (
+            ("run", STUDY, "--dial-nbetas", "3", "0", "1", "2", "4"),
+            "dial_nbetas must be five or more positive numbers",
+        ),
+        (("run", STUDY, "--llc-chains", "1"), "llc_chains must lie between 2 and inf, but is 1: change --llc-chains"),
+        (("run", STUDY, "--llc-draws", "0"), "llc_draws must lie between 8 and inf"),
+        (("run", STUDY, "--train-steps", "0"), "train_steps must lie between 1 and inf"),
+        (("run", STUDY, "--alignment-size", "9"), "alignment_size must lie between 1 and 8, but is 9"),
+        (("run", STUDY, "--seed", "-1"), "seed must lie between 0 and"),
     ],
 )
-def test_bad_input_exits_with_2_one_sentence_and_no_traceback(tmp_path, arguments, message):
-    done = command_line(*arguments, cwd=tmp_path)
+def test_bad_input_exits_with_2_one_sentence_and_writes_nothing(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["slt-interp", *arguments])
+    monkeypatch.setattr(cli, "_prepare_jax", lambda: None)  # this process has used JAX
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    said = capsys.readouterr().err
+    assert left.value.code == 2
+    assert message in said
+    assert said.startswith("slt-interp: error: ")
+    assert said.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_input_shows_no_traceback():
+    done = command_line("run", STUDY, "--preset", "huge")
     assert done.returncode == 2
-    assert message in done.stderr
-    assert done.stderr.startswith("slt-interp: error: ")
-    assert done.stderr.count("\n") == 1
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["config.json", "results.json", "stages/llc.npz"])
+def test_damaged_run_directory_is_named(smoke, tmp_path, name):
+    copied = tmp_path / "run"
+    shutil.copytree(smoke[0], copied)
+    (copied / name).write_bytes((copied / name).read_bytes()[:100])
+    with pytest.raises(InputError, match="is damaged"):
+        render(copied)
 
 
 def test_directory_of_another_configuration_is_refused_and_untouched(smoke):

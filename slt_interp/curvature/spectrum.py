@@ -1,5 +1,6 @@
 """The spectrum of the Hessian at trained weights: exact for small networks, by stochastic Lanczos quadrature for others."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -10,7 +11,7 @@ from jaxtyping import Array, Float, Key
 
 from slt_interp.curvature.gaussian import gaussian_llc, log_ellipsoid_mass
 from slt_interp.curvature.operators import flat_hvp
-from slt_interp.data import Batch
+from slt_interp.data import Batch, num_examples
 from slt_interp.errors import InputError
 from slt_interp.posterior import Gaussian, LocalPosterior, LossFn, check_target
 from slt_interp.tree import Params, dimension
@@ -31,7 +32,8 @@ class Spectrum:
     Attributes:
         ritz_values: (probe, i), nats per squared unit of weight, ascending. If exact: one probe, all eigenvalues.
         weights: (probe, i), how many directions each value stands for; each probe's sum to the dimension.
-        residuals: (probe, i), norm of H v - theta v for the unit Ritz vector v; at most this far is an eigenvalue.
+        residuals: (probe, i), norm of H v - theta v for the unit Ritz vector v; at most this far is an eigenvalue. If exact,
+            a bound on rounding.
         is_exact: whether the whole matrix was decomposed.
         warnings: what weakens conclusions, in words.
     """
@@ -44,14 +46,18 @@ class Spectrum:
 
     @property
     def trace(self) -> tuple[float, float]:
-        """Trace of the Hessian and its standard error over probes (0 if exact)."""
+        """Trace of the Hessian and its standard error over probes (0 if exact, NaN for one probe)."""
         return self._over_probes(np.sum(self.weights * self.ritz_values, axis=1))
 
     @property
     def rank_threshold(self) -> float:
-        """Eigenvalues above this count for `rank`: rounding error of a d x d float64 (if exact) or float32 matrix."""
+        """Eigenvalues above this count for `rank`: rounding error of a d x d float64 (if exact) or float32 matrix.
+
+        If exact, also what the matrix shows of a loss that computes in lower precision.
+        """
         precision = np.finfo(np.float64 if self.is_exact else np.float32).eps
-        return float(np.abs(self.ritz_values).max() * self.weights.sum(axis=1).mean() * precision)
+        rounding = float(np.abs(self.ritz_values).max() * self.weights.sum(axis=1).mean() * precision)
+        return max(rounding, float(self.residuals.max())) if self.is_exact else rounding
 
     def rank(self, threshold: float | None = None) -> float:
         """Count the directions with curvature above `threshold` (`rank_threshold` if not given).
@@ -65,14 +71,15 @@ class Spectrum:
         """Predict E[nbeta (L - L*)] as if the loss were quadratic: 1/2 tr[N H (N H + gamma)^-1], N = nbeta.
 
         Returns:
-            The prediction and its standard error over probes (0 if exact); NaN if some nbeta h + gamma <= 0.
+            The prediction and its standard error over probes (0 if exact, NaN for one probe); NaN if some nbeta h + gamma <= 0.
         """
         return self._over_probes(gaussian_llc(self.ritz_values, self.weights, nbeta, localization))
 
     def log_volume(self, thresholds: Float[np.ndarray, " threshold"], base: Gaussian) -> Float[np.ndarray, " threshold"]:
         """Predict log V(eps) = log P_base(L <= L* + eps), in nats, as if the loss were quadratic.
 
-        Exact for the quadratic (no Monte Carlo). Negative curvatures are counted as flat.
+        If the spectrum is exact, so is this, for the quadratic without its negative curvatures, which are counted as flat;
+        otherwise it carries the error of the quadrature, which is not estimated.
 
         Args:
             thresholds: eps, nats above the loss at the center.
@@ -85,7 +92,9 @@ class Spectrum:
         return log_ellipsoid_mass(np.asarray(thresholds), scales, self.weights.ravel() / probes)
 
     def _over_probes(self, values: Float[np.ndarray, " probe"]) -> tuple[float, float]:
-        error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else 0.0
+        if self.is_exact:
+            return float(values[0]), 0.0
+        error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
         return float(values.mean()), float(error)
 
 
@@ -103,8 +112,7 @@ def estimate_spectrum(
     Up to `DENSE_LIMIT` parameters, and unless `num_matvecs` or `num_probes` is given, the whole matrix is computed and
     decomposed in float64 (d Hessian-vector products, d^2 numbers). Otherwise stochastic Lanczos quadrature: from each
     of `num_probes` random vectors a Krylov space of `num_matvecs` dimensions with full reorthogonalization, whose
-    Ritz values and weights stand for the spectrum (num_probes * num_matvecs products, d * num_matvecs numbers). The
-    decomposition is matfree's.
+    Ritz values and weights stand for the spectrum (num_probes * num_matvecs products, d * num_matvecs numbers).
 
     Args:
         key: for the probe vectors.
@@ -123,16 +131,18 @@ def estimate_spectrum(
     >>> spectrum.ritz_values.tolist()
     [[1.0, 1.0, 1.0]]
     """
+    if data is not None:
+        num_examples(data)
     check_target(LocalPosterior(loss_fn, params, 1.0, 1.0), params, data)
     size = dimension(params)
     for name, count in (("num_matvecs", num_matvecs), ("num_probes", num_probes)):
         if count is not None and not 1 <= count <= size:
             raise InputError(f"{name} must lie between 1 and the number of parameters, {size}, but is {count}")
     if size <= DENSE_LIMIT and num_matvecs is None and num_probes is None:
-        values, weights, residuals = _dense(loss_fn, params, data)
+        is_exact, (values, weights, residuals) = True, _dense(loss_fn, params, data)
     else:
         matvecs = min(size, num_matvecs or 64)
-        values, weights, residuals = _lanczos(key, loss_fn, params, data, matvecs, num_probes or 8)
+        is_exact, (values, weights, residuals) = False, _lanczos(key, loss_fn, params, data, matvecs, num_probes or 8)
     if not np.isfinite(values).all():
         raise InputError("the Hessian of the loss at params is not finite: check the loss there")
     warnings = []
@@ -142,47 +152,79 @@ def estimate_spectrum(
             f"the Hessian has negative eigenvalues, down to {values.min():.3g} (the largest is {values.max():.3g}): params "
             "is not exactly a minimum, and the volume counts those directions as flat"
         )
-    return Spectrum(values, weights, residuals, values.shape == (1, size) and not residuals.any(), tuple(warnings))
+    return Spectrum(values, weights, residuals, is_exact, tuple(warnings))
 
 
 def _dense(loss_fn: LossFn, params: Params, data: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     # float64 here only: in float32 the small eigenvalues drown in rounding noise of the large ones.
-    with jax.enable_x64(True):
-        double = partial(jax.tree.map, _to_double)
-        matvec, flat = flat_hvp(loss_fn, double(params), double(data))
-
-        @jax.jit
-        def columns(flat: Array, data: Batch) -> Array:
-            return jax.lax.map(lambda v: matvec(v, flat, data), jnp.eye(flat.size), batch_size=8)
-
-        matrix = np.asarray(columns(flat, double(data)))
+    try:
+        with jax.enable_x64(True):
+            matrix = _matrix(loss_fn, *(jax.tree.map(_to_double, tree) for tree in (params, data)))
+    except TypeError:
+        # The loss insists on its own precision, as a scan with a float32 carry does.
+        matrix = _matrix(loss_fn, params, data)
     if not np.isfinite(matrix).all():
         return np.full((1, len(matrix)), np.nan), np.ones((1, len(matrix))), np.zeros((1, len(matrix)))
     values = np.linalg.eigvalsh(0.5 * (matrix + matrix.T))
-    return values[None], np.ones((1, len(values))), np.zeros((1, len(values)))
+    # Rounding makes the matrix unsymmetric, and by as much eigenvalues may be off: a loss that casts to float32 shows here.
+    rounding = np.linalg.norm(matrix - matrix.T)
+    return values[None], np.ones((1, len(values))), np.full((1, len(values)), rounding)
+
+
+def _matrix(loss_fn: LossFn, params: Params, data: Batch) -> np.ndarray:
+    matvec, flat = flat_hvp(loss_fn, params, data)
+
+    @jax.jit
+    def columns(flat: Array, data: Batch) -> Array:
+        return jax.lax.map(lambda v: matvec(v, flat, data), jnp.eye(flat.size, dtype=flat.dtype), batch_size=8)
+
+    return np.asarray(columns(flat, data), np.float64)
 
 
 def _lanczos(
     key: Key[Array, ""], loss_fn: LossFn, params: Params, data: Batch, num_matvecs: int, num_probes: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    from matfree.decomp import tridiag_sym
-
     matvec, flat = flat_hvp(loss_fn, params, data)
-    decompose = tridiag_sym(num_matvecs, custom_vjp=False)
+    product = jax.jit(matvec)
+    values, weights, residuals = np.zeros((3, num_probes, num_matvecs))
+    for i, probe_key in enumerate(jax.random.split(key, num_probes)):
+        start = np.asarray(jax.random.rademacher(probe_key, flat.shape, flat.dtype), np.float64)
+        tridiagonal, left_over = _tridiagonalize(lambda v: product(jnp.asarray(v, flat.dtype), flat, data), start, num_matvecs)
+        size = len(tridiagonal)
+        if not np.isfinite(tridiagonal).all():
+            values[i] = np.nan
+            continue
+        ritz, vectors = np.linalg.eigh(tridiagonal)
+        values[i, :size], values[i, size:] = ritz, ritz[0]
+        weights[i, :size] = flat.size * vectors[0] ** 2
+        residuals[i, :size] = np.abs(left_over * vectors[-1])
+    return values, weights, residuals
 
-    @jax.jit
-    def one(key: Key[Array, ""], flat: Array, data: Batch) -> tuple[Array, Array]:
-        _, tridiagonal, remainder, _ = decompose(matvec, jax.random.rademacher(key, flat.shape, flat.dtype), flat, data)
-        return jnp.asarray(tridiagonal), jnp.linalg.norm(remainder)
 
-    values, weights, residuals = [], [], []
-    for probe_key in jax.random.split(key, num_probes):
-        tridiagonal, remainder = one(probe_key, flat, data)
-        ritz, vectors = np.linalg.eigh(np.asarray(tridiagonal, dtype=np.float64))
-        values.append(ritz)
-        weights.append(flat.size * vectors[0] ** 2)
-        residuals.append(np.abs(vectors[-1]) * float(remainder))
-    return np.stack(values), np.stack(weights), np.stack(residuals)
+def _tridiagonalize(matvec: Callable, start: np.ndarray, num_matvecs: int) -> tuple[np.ndarray, float]:
+    """Run Lanczos with full reorthogonalization, in float64 on the host, until the Krylov space is exhausted.
+
+    Not matfree's `tridiag_sym`, which goes on after exhaustion (a low-rank Hessian, or none) and returns noise as large as
+    the dimension as eigenvalues.
+
+    Returns:
+        The tridiagonal matrix, and the norm of what is left over, which bounds residuals.
+    """
+    basis, diagonal, off_diagonal, scale = [start / np.linalg.norm(start)], [], [], 0.0
+    while True:
+        image = np.asarray(matvec(basis[-1]), np.float64)
+        scale = max(scale, float(np.linalg.norm(image)))
+        diagonal.append(float(image @ basis[-1]))
+        vectors = np.stack(basis)
+        for _ in range(2):
+            image = image - vectors.T @ (vectors @ image)
+        left_over = float(np.linalg.norm(image))
+        # Below the rounding of a float32 product nothing new is left; NaN ends it too.
+        exhausted = not left_over > np.finfo(np.float32).eps * np.sqrt(len(start)) * scale
+        if exhausted or len(diagonal) == num_matvecs:
+            return np.diag(diagonal) + np.diag(off_diagonal, 1) + np.diag(off_diagonal, -1), left_over
+        basis.append(image / left_over)
+        off_diagonal.append(left_over)
 
 
 def _to_double(x: Array) -> Array:

@@ -85,7 +85,7 @@ class TemperedPosterior:
     progress: bool = True
 
     def draw(self, key: Key[Array, ""], params: Params, level: float, *, num_chains: int, num_draws: int) -> Degraded:
-        """Sample around `params` at nbeta = level."""
+        """Sample around `params` at nbeta = level; chains that became non-finite are left out, as the estimate says."""
         chain_key, step_key = jax.random.split(key)
         target = LocalPosterior(self.loss_fn, params, level, self.localization)
         batches = Minibatches(self.data, min(self.batch_size, num_examples(self.data)))
@@ -104,7 +104,8 @@ class TemperedPosterior:
             progress=self.progress,
         )
         init_loss, _ = mean_loss(self.loss_fn, params, self.data)
-        return Degraded(draws.collected, estimate=llc(draws, init_loss))
+        finite = jax.tree.map(lambda x: x[draws.is_finite], draws.collected)
+        return Degraded(finite, estimate=llc(draws, init_loss))
 
 
 @jax.jit

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Key
 
 from slt_interp.data import Batch
 from slt_interp.degradation.dials import Degraded, Dial
+from slt_interp.errors import InputError
 from slt_interp.posterior import LossFn
 from slt_interp.probes.draws import over_draws
 from slt_interp.tree import Params
@@ -72,10 +73,15 @@ def match(
         num_draws: networks in each.
 
     Raises:
-        ValueError: if the dial does not reach the excess loss within the bracket.
+        InputError: if the excess loss is not positive, or the dial does not reach it within the bracket.
     """
     from scipy.optimize import root_scalar
 
+    if not (np.isfinite(excess_loss) and excess_loss > 0):
+        raise InputError(
+            f"excess_loss must be positive, but is {excess_loss:.3g}: a dial cannot lower the loss below that of params; "
+            "polish them first if it should be possible"
+        )
     floor = float(probe(key, params)["loss"])
 
     def measure(log_level: float) -> tuple[Degraded, np.ndarray]:
@@ -88,9 +94,9 @@ def match(
         return np.log(max(found, 1e-12) / excess_loss)
 
     low, high = np.log(bracket)
-    if gap(low) * gap(high) > 0:
+    if not gap(low) * gap(high) <= 0:
         reached = [measure(end)[1].mean() for end in (low, high)]
-        raise ValueError(
+        raise InputError(
             f"the dial gives excess losses of {reached[0]:.3g} and {reached[1]:.3g} nats at levels {bracket[0]:.3g} and "
             f"{bracket[1]:.3g}, and {excess_loss:.3g} does not lie between: widen the bracket, or ask for another loss"
         )

@@ -13,7 +13,7 @@ from slt_interp.errors import InputError
 from slt_interp.posterior import LocalPosterior
 from slt_interp.samplers.chains import sample
 from slt_interp.samplers.sgld import SGLD
-from slt_interp.tree import Params, Real, dot, norm, normal_like
+from slt_interp.tree import Params, Real, broadcast, dot, norm, normal_like
 
 
 def customary_nbeta(num_examples: int | None) -> float:
@@ -36,7 +36,7 @@ def settled_step_size(
     params: Params,
     batches: Callable[[Key[Array, ""]], Batch],
     *,
-    tolerance: float = 0.025,
+    tolerance: float = 0.01,
 ) -> float:
     """Choose SGLD's step_size so that discretization adds about `tolerance` times the estimate, and chains are stable.
 
@@ -48,8 +48,8 @@ def settled_step_size(
     """
     batch_key, point_key, *keys = jax.random.split(key, 2 + 1 + 2 * _PILOT_ROUNDS)
     batch = batches(batch_key)
-    points = jax.vmap(lambda k: target.base.sample(k, params))(jax.random.split(point_key, _PILOT_CHAINS))
-    step_size = _largest_step(keys[0], target, params, _draw_in(target, params, points, batch), batch, tolerance)
+    points = _draw_in(target, target.position(params), point_key, batch)
+    step_size = _largest_step(keys[0], target, params, points, batch, tolerance)
     for chain_key, curvature_key in zip(keys[1::2], keys[2::2], strict=True):
         pilot = sample(
             chain_key,
@@ -69,6 +69,8 @@ def settled_step_size(
 def predicted_step_bias(key: Key[Array, ""], target: LocalPosterior, step_size: Real, points: Params, batch: Batch) -> float:
     """Predict what SGLD's step_size adds to E[nbeta (L - L*)]: (step_size / 8) nbeta tr H, the first order of its exact law.
 
+    What minibatch noise adds, (step_size / 8) nbeta sum h_i v_i / s_i, is not in it.
+
     Args:
         key: for the trace estimate.
         target: what was sampled.
@@ -84,13 +86,20 @@ _PILOT_ROUNDS, _PILOT_CHAINS, _PILOT_STEPS = 2, 4, 100
 
 _POWER_ITERATIONS, _TRACE_PROBES = 12, 4
 
+_MAX_HALVINGS = 40
 
-def _draw_in(target: LocalPosterior, params: Params, points: Params, batch: Batch) -> Params:
-    """Draw points in toward `params` until their mean energy nbeta (L - L*) is at most the dimension."""
-    highest = float(_losses(target, jax.tree.map(lambda w: w[None], params), batch)[0])
+
+def _draw_in(target: LocalPosterior, center: Params, key: Key[Array, ""], batch: Batch) -> Params:
+    """Draw points from the base measure in toward the center until their mean energy is at most the dimension."""
+    keys = jax.random.split(key, _PILOT_CHAINS)
+    drawn = jax.vmap(lambda k: target.restrict(target.displacement(target.base.sample(k, center))))(keys)
+    highest = float(_losses(target, jax.tree.map(lambda w: w[None], center), batch)[0])
     highest += float(target.dimension()) / float(target.nbeta)
-    while float(jnp.mean(_losses(target, points, batch))) > highest:
-        points = jax.tree.map(lambda w, x: w + 0.7 * (x - w), params, points)
+    points = center
+    for halvings in range(_MAX_HALVINGS):
+        points = jax.tree.map(lambda w, x, scale=0.5**halvings: w + scale * x, center, drawn)
+        if float(jnp.mean(_losses(target, points, batch))) <= highest:
+            break
     return points
 
 
@@ -105,15 +114,24 @@ def _largest_step(
     around = jax.tree.map(lambda w, x: jnp.concatenate([w[None], x]), params, points)
     measured = _measure_curvature(key, target, around, batch)
     losses, curvatures, traces = (np.asarray(x, np.float64) for x in measured)
+    usable = np.isfinite(losses) & np.isfinite(curvatures) & np.isfinite(traces)
+    if not usable[0]:
+        raise InputError("the loss or its curvature is not finite at params: check loss_fn there, on one batch")
+    away = usable[1:]
+    if not away.any():
+        away, losses, curvatures, traces = np.ones(1, bool), *(np.repeat(x[:1], 2) for x in (losses, curvatures, traces))
     nbeta = float(target.nbeta)
     # On one batch, so that its noise drops out of the difference.
-    energy = nbeta * float(losses[1:].mean() - losses[0])
-    stiffness = max(float(jnp.max(jnp.asarray(scale) ** -2.0)) for scale in jax.tree.leaves(target.base.scale))
-    stable = 2.0 / (nbeta * max(curvatures[0], curvatures[1:].mean()) + stiffness)
-    added_per_step = nbeta * max(traces[0], traces[1:].mean()) / 8
+    energy = nbeta * float(losses[1:][away].mean() - losses[0])
+    scales = jax.tree.map(lambda w, s: jnp.broadcast_to(s, w.shape), params, broadcast(target.base.scale, params))
+    precisions = target.restrict(jax.tree.map(lambda s: s**-2.0, scales))
+    stiffness = max(float(jnp.max(x)) for x in jax.tree.leaves(precisions))
+    stiffest = nbeta * max(curvatures[0], curvatures[1:][away].mean()) + stiffness
+    added_per_step = nbeta * max(traces[0], traces[1:][away].mean()) / 8
     if energy <= 0 or added_per_step <= 0:
-        return stable
-    return min(stable, tolerance * energy / added_per_step)
+        # Nothing to weigh the bias against: keep it to the tolerance in the stiffest direction.
+        return 4 * tolerance / stiffest
+    return min(2.0 / stiffest, tolerance * energy / added_per_step)
 
 
 @jax.jit
@@ -124,6 +142,7 @@ def _measure_curvature(
 
     Over the sampled coordinates only. The eigenvalue is a power iteration's, a lower bound.
     """
+    start_key, trace_key = jax.random.split(key)
 
     def one(point: Params) -> tuple[Array, Array, Array]:
         def product(vector: Params) -> Params:
@@ -138,10 +157,10 @@ def _measure_curvature(
             z = target.restrict(normal_like(key, point))
             return dot(z, product(z)) / dot(z, z) * jnp.asarray(target.dimension())
 
-        start = target.restrict(normal_like(key, point))
+        start = target.restrict(normal_like(start_key, point))
         start = jax.tree.map(lambda x: (x / norm(start)).astype(x.dtype), start)
         largest = jax.lax.fori_loop(0, _POWER_ITERATIONS, iterate, (start, jnp.zeros(())))[1]
-        trace = jnp.mean(jax.lax.map(probe, jax.random.split(key, _TRACE_PROBES)))
+        trace = jnp.mean(jax.lax.map(probe, jax.random.split(trace_key, _TRACE_PROBES)))
         return target.loss(point, batch), largest, trace
 
     return jax.lax.map(one, points)

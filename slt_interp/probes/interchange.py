@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from slt_interp.data import Counterfactuals
+from slt_interp.errors import InputError
 from slt_interp.taps import Network, record, replace
 from slt_interp.tree import Params
 
@@ -44,7 +45,7 @@ def block_masks(sizes: tuple[int, ...], width: int) -> Float[Array, "variable wi
     [[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 1.0, 0.0]]
     """
     if sum(sizes) > width:
-        raise ValueError(f"{sum(sizes)} directions were asked for {sizes}, but the activation has {width}: ask for fewer")
+        raise InputError(f"{sum(sizes)} directions were asked for {sizes}, but the activation has {width}: ask for fewer")
     owner = jnp.repeat(jnp.arange(len(sizes)), jnp.array(sizes), total_repeat_length=sum(sizes))
     return jnp.zeros((len(sizes), width)).at[owner, jnp.arange(sum(sizes))].set(1.0)
 
@@ -62,7 +63,7 @@ def interchange(
         examples: base and source inputs.
 
     Raises:
-        ValueError: if the network has no such site, or the alignment does not fit the activation.
+        InputError: if the network has no such site, or the alignment does not fit the activation.
     """
     check_site(network, site)
     num_variables = examples.sources.shape[1]
@@ -105,14 +106,14 @@ class InterchangeProbe:
 
 
 def check_site(network: Network, site: str) -> None:
-    """Raise ValueError, listing the sites, if the network has no such site."""
+    """Raise InputError, listing the sites, if the network has no such site."""
     if site not in network.sites:
-        raise ValueError(f"the network has no site {site!r}: choose one of {', '.join(network.sites)}")
+        raise InputError(f"the network has no site {site!r}: choose one of {', '.join(network.sites)}")
 
 
 def _check_width(alignment: Alignment, width: int, num_variables: int, site: str) -> None:
     if alignment.rotation.shape != (width, width) or alignment.masks.shape != (num_variables, width):
-        raise ValueError(
+        raise InputError(
             f"the alignment has a rotation of shape {alignment.rotation.shape} and masks of shape {alignment.masks.shape}, "
             f"but {site} has width {width} and the examples have {num_variables} variables: fit it at this site"
         )

@@ -15,6 +15,9 @@ Results = dict[str, Any]
 
 DIALS = {"posterior": "tempered posterior", "weight_noise": "Gaussian weight noise"}
 
+LOWEST_ACCURACY = 0.75
+"""Below this, halfway between chance and certainty, IIA falls for reasons that are not the alignment's."""
+
 SYMBOLS = (
     ("L, L*", "mean loss over the n fixed examples, in nats per example; L* is its value at the center"),
     ("center, w*", "the trained and polished weights"),
@@ -31,7 +34,12 @@ SYMBOLS = (
         "a way to damage the network, and how far it is turned: nβ for the posterior, a standard deviation for noise",
     ),
     ("excess loss", "mean of L − L* over the damaged networks, in nats per example"),
-    ("rank", "number of Hessian eigenvalues above rounding error (or the threshold given)"),
+    ("layer1, ...", "the hidden layers, after their ReLU"),
+    (
+        "alignment",
+        "a rotation of a layer's activations, and the 8 directions each that are claimed to carry (a = b) and (c = d)",
+    ),
+    ("rank", "number of Hessian eigenvalues above a threshold"),
 )
 
 
@@ -58,7 +66,7 @@ def findings(results: Results) -> tuple[str, ...]:
     """Answer the study's questions, one sentence each."""
     estimate, spectrum = results["llc"], results["spectrum"]
     answers = [
-        f"The network answers {results['training']['accuracy']:.3%} of fresh examples right.",
+        f"The polished network answers {results['polish']['test_accuracy']:.3%} of fresh examples right.",
         f"Its LLC is {estimate['llc']:.1f} ± {estimate['std_error']:.1f} at nβ = {estimate['nbeta']:.0f} and γ = "
         f"{estimate['localization']:g} ({_status(estimate)}), {_compare(estimate, spectrum)}.",
         _rank_sentence(spectrum),
@@ -144,13 +152,15 @@ def _against_hessian(results: Results, run: RunDirectory) -> Section:
         for e in estimates
     ]
     low, high = min(ratios), max(ratios)
+    span = f"between {low[0]:.2f} (at nβ = {low[1]:.0f}) and {high[0]:.2f} times (at nβ = {high[1]:.0f}) what the Hessian at w* predicts"
     full = f"The full-batch run at nβ = {estimate['nbeta']:.0f} is {_compare(estimate, spectrum)}."
     sentences = (
-        f"Over nβ from {nbetas.min():.0f} to {nbetas.max():.0f}, the sampled LLC is between {low[0]:.2f} (at nβ = {low[1]:.0f}) and "
-        f"{high[0]:.2f} times (at nβ = {high[1]:.0f}) what the Hessian at w* predicts for the same nβ and γ.",
+        f"Over nβ from {nbetas.min():.0f} to {nbetas.max():.0f}, the sampled LLC is {span} for the same nβ and γ."
+        if np.isfinite(curve).all()
+        else "At some nβ the Hessian predicts nothing: it has curvatures below −γ / nβ.",
         full,
-        f"The other values come from the chains of section 6: minibatches, and steps that may add {run.config['settings']['dial_tolerance']:.0%} to "
-        "the energy, which no error bar shows.",
+        f"The other values come from the chains of section 6, on minibatches, with steps chosen to add {run.config['settings']['dial_tolerance']:.0%} "
+        "to the energy before minibatch noise; their bars show neither, the virial ratio does.",
         _rank_sentence(spectrum),
     )
     table = (
@@ -196,7 +206,7 @@ def _volume(results: Results, run: RunDirectory) -> Section:
         f"Provisional: if the loss were its Hessian's quadratic, {_exponential(log_volume[-1])} of the weights drawn from "
         f"N(w*, {spectrum['base_scale']:.2g}²) would have a loss within {thresholds[-1]:g} nats of L*, and {_exponential(log_volume[0])} "
         f"within {thresholds[0]:g} nats.",
-        f"The slope at the lower end is {slope:.1f}. The curve is exact for the quadratic; where the loss is not quadratic it can be wrong "
+        f"The slope at the lower end is {slope:.1f}. The curve is exact for the quadratic, with negative curvatures counted as flat; where the loss is not quadratic it can be wrong "
         "by any factor, and no sampled volume stands beside it yet.",
     )
     return Section("Volume of the basin (Gaussian only, provisional)", sentences, figure)
@@ -214,9 +224,7 @@ def _degradation(results: Results) -> Section:
         "The black lines are the trained network on the same examples.",
         f"Bars are two standard errors over {len(levels[0]['dials']['posterior']['excess_loss_per_chain'])} chains (for noise: as many "
         "independent groups of draws); the alignments are the ones found at the trained weights, not refitted.",
-        f"Accuracy falls to {worst:.2f} at the strongest level, and .5 is chance: there IIA says little about a circuit."
-        if worst < 0.75
-        else f"Accuracy stays at {worst:.2f} or above.",
+        f"The lowest accuracy at any level and dial is {worst:.2f}; .5 is chance.",
         f"The posterior chains at nβ = {', '.join(flagged)} carry a warning (see the table of section 3): their error bars may be too small."
         if flagged
         else "No posterior chain carries a warning.",
@@ -257,8 +265,12 @@ def _survival_sentence(results: Results, site: str) -> str:
     head = f"In {site} the alignment found has IIA {found['iia']:.3f} (random rotations: {found['random_iia']:.3f} ± {found['random_iia_std']:.3f})"
     if not above_chance:
         return f"{head}: no alignment there to speak of."
+    usable = [level for level in levels if _is_comparable(level)]
+    left_out = f"{len(levels) - len(usable)} of {len(levels)} levels are left out for a warning or an accuracy below {LOWEST_ACCURACY:g}"
+    if not usable:
+        return f"{head}; {left_out}, so nothing can be said of its survival."
     gaps = []
-    for level in levels:
+    for level in usable:
         ours, rival = (level["dials"][name]["sites"][site] for name in DIALS)
         error = np.hypot(_number(ours["iia_std_error"]), _number(rival["iia_std_error"]))
         gaps.append((ours["iia"] - rival["iia"], error))
@@ -266,8 +278,13 @@ def _survival_sentence(results: Results, site: str) -> str:
     extreme = max(gaps, key=lambda entry: abs(entry[0]))
     return (
         f"{head}; at equal loss, posterior draws leave less of it than weight noise at {lower} of {len(gaps)} levels and more at {higher}, by more "
-        f"than 3 standard errors (largest difference {extreme[0]:+.3f} ± {extreme[1]:.3f})."
+        f"than 3 standard errors (largest difference {extreme[0]:+.3f} ± {extreme[1]:.3f}; {left_out})."
     )
+
+
+def _is_comparable(level: Results) -> bool:
+    accurate = all(level["dials"][name]["accuracy"] >= LOWEST_ACCURACY for name in DIALS)
+    return level["estimate"]["status"] == OK and accurate
 
 
 def _compare(estimate: Results, spectrum: Results) -> str:
@@ -275,9 +292,11 @@ def _compare(estimate: Results, spectrum: Results) -> str:
     if not np.isfinite(predicted):
         return "and the Hessian predicts none: it has curvatures below −γ / nβ"
     gap = estimate["llc"] - predicted
-    errors = abs(gap) / estimate["std_error"] if estimate["std_error"] else np.inf
     side = "above" if gap > 0 else "below"
-    return f"{abs(gap) / abs(predicted):.0%} ({errors:.1f} standard errors) {side} the {predicted:.1f} that the Hessian predicts at the same nβ and γ"
+    return (
+        f"{abs(gap) / abs(predicted):.0%} {side} the {predicted:.1f} that the Hessian predicts at the same nβ and γ (a gap of {abs(gap):.1f} ± "
+        f"{estimate['std_error']:.1f}; SGLD's step size is predicted to add {_show(estimate['gaussian_step_bias'], '.1f')} to the LLC)"
+    )
 
 
 def _rank_sentence(spectrum: Results) -> str:

@@ -124,7 +124,8 @@ def sample(
             depend on it by rounding only.
         progress: whether to show a progress bar.
         checkpoint: a directory; each chunk is saved there, and a run that was cut short continues from the last one,
-            bit for bit. Give a fresh directory per run.
+            bit for bit. Give a fresh directory per run: another key, kernel, start, data or `collect` is refused, but of
+            `loss_fn` only its name is known.
 
     Returns:
         The `Draws`. A chain that became non-finite is marked in `is_finite`, and is still there to be looked at.
@@ -142,7 +143,8 @@ def sample(
     _check_counts(key, num_chains, num_draws, num_warmup, num_burnin, thinning, chunk_size, block_size)
     _check_mesh(mesh, num_chains)
     check_batches(batches)
-    check_target(kernel.target, params, jax.eval_shape(batches, key))
+    target = kernel.target
+    check_target(target, params, jax.eval_shape(batches, key))
     keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(num_chains))
     states = _start(kernel, keys, params, batches)
     original = kernel
@@ -151,8 +153,8 @@ def sample(
         return chains if mesh is None else jax.device_put(chains, NamedSharding(mesh, P("chain")))
 
     keys, states = place(keys), place(states)
-    if mesh is not None:
-        kernel, batches = jax.device_put((kernel, batches), NamedSharding(mesh, P()))
+    # Once, or every chunk would move the data to the device again.
+    kernel, batches = jax.device_put((kernel, batches), None if mesh is None else NamedSharding(mesh, P()))
     capacity = min(num_draws, chunk_size or -(-num_draws // 20))
     run = functools.partial(
         advance,
@@ -169,7 +171,8 @@ def sample(
     chunk_shapes = advance.eval_shape(*run.args, states, 0, 1, 1, adapting=False, **run.keywords)[1]
     checkpoints = None
     if checkpoint is not None:
-        identity = fingerprint((key, original, params), num_chains, num_warmup, num_burnin, thinning)
+        shapes = jax.tree.map(lambda x: (x.dtype.name, x.shape[2:]), chunk_shapes)
+        identity = fingerprint((key, original, params, batches), shapes, num_chains, num_warmup, num_burnin, thinning)
         checkpoints = Checkpoints(checkpoint, identity)
         for saved in checkpoints.restore((states, healthy, chunk_shapes)):
             states, healthy, chunk = saved

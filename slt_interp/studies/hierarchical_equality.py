@@ -40,54 +40,62 @@ from slt_interp.tree import Params, dimension, dot, norm
 
 @dataclass(frozen=True)
 class Config:
-    """Settings of the study.
-
-    Attributes:
-        seed: everything random follows from it.
-        label_smoothing: targets are 1 - s/2 and s/2. With hard labels the loss has no minimum: on separable data weights
-            grow without bound.
-        train_steps, train_batch, learning_rate: Adam on ever new examples; the learning rate falls to 0 along a cosine.
-        accuracy_goal: share of fresh examples that must be answered right after training.
-        num_examples: n, the fixed examples that define the loss from then on.
-        polish_steps: full-batch L-BFGS steps.
-        nbeta: n / log n if not given.
-        localization: gamma.
-        llc_chains, llc_burnin, llc_draws, llc_thinning: full-batch SGLD for the LLC; burn-in and thinning in steps.
-        dial_nbetas: rungs of the tempered posterior, mildest first.
-        dial_chains, dial_burnin, dial_draws, dial_thinning, dial_batch: minibatch SGLD at each rung.
-        dial_tolerance: share of the excess loss that discretization may add there.
-        alignment_size: directions per variable.
-        alignment_steps, alignment_restarts: for each alignment search.
-        num_counterfactuals: examples on which interchange intervention accuracy is measured.
-        num_random: random rotations that show what an alignment is worth by chance.
-    """
+    """Settings of the study; the defaults are those of the preset `default`."""
 
     seed: int = 0
+    """Everything random follows from it."""
     label_smoothing: float = 0.04
+    """Targets are 1 - s/2 and s/2. With hard labels the loss has no minimum: on separable data weights grow without bound."""
     train_steps: int = 8000
+    """Steps of Adam on ever new examples."""
     train_batch: int = 1024
+    """Examples per step of training."""
     learning_rate: float = 3e-3
+    """Adam's at the start; it falls to 0 along a cosine."""
     accuracy_goal: float = 0.995
+    """Share of fresh examples that must be answered right after training, or the run stops."""
     num_examples: int = 4096
+    """n, the fixed examples that define the loss after training."""
     polish_steps: int = 500
+    """Full-batch steps of L-BFGS on those examples."""
     nbeta: float | None = None
+    """n times the inverse temperature for the LLC; n / log n if not given."""
     localization: float = 100.0
+    """gamma, in squared inverse units of the weights: the posterior carries the prior N(trained weights, 1 / gamma)."""
     llc_chains: int = 16
+    """Chains of full-batch SGLD for the LLC."""
     llc_burnin: int = 1500
+    """Steps dropped from each of them."""
     llc_draws: int = 250
+    """Draws kept of each."""
     llc_thinning: int = 24
+    """Steps per draw."""
+    llc_tolerance: float = 0.025
+    """Share of the LLC that discretization may add."""
     dial_nbetas: tuple[float, ...] = (3000.0, 1000.0, 500.0, 200.0, 100.0, 50.0)
+    """Levels of the tempered posterior (its nbeta), mildest damage first; five or more."""
     dial_chains: int = 16
+    """Chains of minibatch SGLD at each level, and independent groups of noisy networks."""
     dial_burnin: int = 4000
+    """Steps dropped from each of those chains."""
     dial_draws: int = 12
+    """Degraded networks kept of each chain or group."""
     dial_thinning: int = 300
+    """Steps per draw there."""
     dial_batch: int = 512
+    """Examples per step there."""
     dial_tolerance: float = 0.1
+    """Share of the excess loss that discretization may add there."""
     alignment_size: int = 8
+    """Directions of a layer that each of the two variables may have."""
     alignment_steps: int = 1000
+    """Steps of Adam in each alignment search."""
     alignment_restarts: int = 4
+    """Random starts of each alignment search; the best on held-out examples wins."""
     num_counterfactuals: int = 4096
+    """Examples on which interchange intervention accuracy is measured."""
     num_random: int = 8
+    """Random rotations that show what interchange intervention accuracy is worth by chance."""
 
 
 SMOKE = Config(
@@ -174,9 +182,27 @@ class _Readings:
         }
 
 
+def check(config: Config) -> None:
+    """Raise InputError for the first setting that cannot be used."""
+    width = min(NETWORK.widths[1:-1])
+    ranges: dict[str, tuple[float, float]] = {name: (1, np.inf) for name, value in vars(config).items() if type(value) is int}
+    ranges |= {name: (2, np.inf) for name in ("llc_chains", "dial_chains", "num_random", "dial_draws")}
+    ranges |= {"llc_draws": (8, np.inf), "num_examples": (64, np.inf), "seed": (0, 2**32 - 1)}
+    ranges |= {"alignment_size": (1, width // 2), "llc_burnin": (0, np.inf), "dial_burnin": (0, np.inf)}
+    ranges |= {"label_smoothing": (0, 0.5), "accuracy_goal": (0, 1), "learning_rate": (1e-12, 1e3)}
+    ranges |= {"localization": (1e-12, 1e12), "llc_tolerance": (1e-6, 1), "dial_tolerance": (1e-6, 1), "nbeta": (1e-12, 1e12)}
+    for name, (low, high) in ranges.items():
+        value = getattr(config, name)
+        if value is not None and not low <= value <= high:
+            raise InputError(f"{name} must lie between {low:g} and {high:g}, but is {value}: change --{name.replace('_', '-')}")
+    if len(config.dial_nbetas) < 5 or not all(0 < nbeta < np.inf for nbeta in config.dial_nbetas):
+        raise InputError(
+            f"dial_nbetas must be five or more positive numbers, but is {config.dial_nbetas}: change --dial-nbetas"
+        )
+
+
 def compute(config: Config, run: RunDirectory, progress: bool) -> dict[str, Any]:
     """Run all stages and return the results."""
-    _check(config)
     loss_fn = SmoothedCrossEntropy(NETWORK, config.label_smoothing)
     split = jax.random.split(jax.random.key(config.seed), len(_STAGES))
     keys: dict[str, Array] = dict(zip(_STAGES, split, strict=True))
@@ -189,7 +215,7 @@ def compute(config: Config, run: RunDirectory, progress: bool) -> dict[str, Any]
         return arrays
 
     trained = stage("training", _train)
-    data = FreshExamples(config.num_examples)(keys["polish"])
+    data = FreshExamples(config.num_examples)(jax.random.fold_in(keys["polish"], 0))
     params = _unpack(stage("polish", _polish, _unpack(trained), data))
     eigen = stage("spectrum", _spectrum, params, data)
     spectrum = Spectrum(eigen["ritz_values"], eigen["weights"], eigen["residuals"], is_exact=True)
@@ -203,6 +229,7 @@ def summarize(results: dict[str, Any]) -> list[tuple[str, str]]:
     """Make the short table that is printed after a run."""
     llc, spectrum, dial = results["llc"], results["spectrum"], results["degradation"]
     mildest, strongest = dial["levels"][0], dial["levels"][-1]
+    predicted = spectrum["gaussian_llc"]
     rows = [
         ("accuracy on fresh data", f"{results['training']['accuracy']:.4f}"),
         (
@@ -210,19 +237,24 @@ def summarize(results: dict[str, Any]) -> list[tuple[str, str]]:
             f"{results['polish']['excess_before']:.2e} -> {results['polish']['excess_after']:.2e} nats",
         ),
         ("LLC (SGLD)", f"{llc['llc']:.2f} +- {llc['std_error']:.2f} ({llc['status']})"),
-        ("Gaussian prediction at the same nbeta, gamma", f"{spectrum['gaussian_llc']:.2f}"),
-        ("rank / 2, d / 2", f"{spectrum['rank'] / 2:.1f}, {spectrum['dimension'] / 2:.1f}"),
+        ("Gaussian prediction at the same nbeta, gamma", "none" if predicted is None else f"{predicted:.2f}"),
+        *(
+            (f"half the eigenvalues above {entry['threshold']:g}", f"{entry['rank'] / 2:.1f}")
+            for entry in spectrum["rank_at"][::3]
+        ),
+        ("half the number of weights", f"{spectrum['dimension'] / 2:.1f}"),
     ]
     for site in NETWORK.sites:
         trained = results["alignment"]["sites"][site]["iia"]
         after = [
-            f"{level['dials'][name]['sites'][site]['iia']:.3f}"
+            f"{level['dials'][name]['sites'][site]['iia']:.3f} +- {level['dials'][name]['sites'][site]['iia_std_error']:.3f}"
             for level in (mildest, strongest)
             for name in ("posterior", "weight_noise")
         ]
         low, high = f"{mildest['excess_loss']:.2g}", f"{strongest['excess_loss']:.2g}"
-        title = f"IIA {site}: trained; posterior | noise at {low} and {high} nats"
-        rows.append((title, f"{trained:.3f}; {after[0]} | {after[1]}; {after[2]} | {after[3]}"))
+        rows.append((f"IIA in {site} of the alignment found", f"{trained:.3f}"))
+        rows.append((f"  at excess loss {low} nats: posterior, noise", f"{after[0]}, {after[1]}"))
+        rows.append((f"  at excess loss {high} nats: posterior, noise", f"{after[2]}, {after[3]}"))
     return rows
 
 
@@ -271,7 +303,8 @@ def _train(key: Array, config: Config, loss_fn: SmoothedCrossEntropy, progress: 
 def _polish(
     key: Array, config: Config, loss_fn: SmoothedCrossEntropy, progress: bool, params: Params, data: dict[str, Array]
 ) -> tuple[dict[str, Any], Arrays]:
-    del key, progress
+    del progress
+    test = FreshExamples(_EVALUATION_SIZE)(jax.random.fold_in(key, 1))
     result = polish(loss_fn, params, data, num_steps=config.polish_steps)
     found = {
         "excess_before": result.loss_before - loss_fn.floor,
@@ -283,6 +316,7 @@ def _polish(
         "distance": result.distance,
         "norm": float(norm(result.params)),
         "accuracy": float(_accuracy(result.params, data)),
+        "test_accuracy": float(_accuracy(result.params, test)),
     }
     return found, _pack(result.params)
 
@@ -331,7 +365,7 @@ def _llc(
 ) -> tuple[dict[str, Any], Arrays]:
     target = LocalPosterior(loss_fn, params, _nbeta(config), config.localization)
     chain_key, step_key = jax.random.split(key)
-    step_size = settled_step_size(step_key, target, params, FullBatch(data))
+    step_size = settled_step_size(step_key, target, params, FullBatch(data), tolerance=config.llc_tolerance)
     draws = sample(
         chain_key,
         SGLD(target, step_size),
@@ -534,20 +568,12 @@ def _unpack(arrays: Arrays) -> Params:
     return jax.tree_util.tree_map_with_path(lambda path, _: jnp.asarray(arrays[f"params{jax.tree_util.keystr(path)}"]), shapes)
 
 
-def _check(config: Config) -> None:
-    if config.nbeta is not None and not config.nbeta > 0:
-        raise InputError(f"nbeta must be positive, but is {config.nbeta}: n / log n is customary")
-    if min(config.dial_nbetas, default=0) <= 0 or len(config.dial_nbetas) < 5:
-        raise InputError(f"dial_nbetas must be five or more positive numbers, but is {config.dial_nbetas}")
-    if min(config.llc_chains, config.dial_chains, config.num_random) < 2:
-        raise InputError("llc_chains, dial_chains and num_random must be at least 2: error bars are over chains")
-
-
 _STAGES = ("training", "polish", "spectrum", "llc", "alignment", "degradation")
 
 STUDY = Study(
     name="hierarchical-equality",
     description="train on hierarchical equality; LLC against Hessian; does an alignment survive degradation?",
+    check=check,
     presets={"smoke": SMOKE, "default": Config(), "full": FULL},
     compute=compute,
     summarize=summarize,

@@ -18,6 +18,7 @@ class Study:
     Attributes:
         name: as the command line says it.
         description: one sentence.
+        check: `config -> None`; raises InputError for settings that cannot be used, before anything is written.
         presets: for each name in `PRESETS`, a frozen dataclass of settings (one class for all three).
         compute: `(config, run, progress) -> results`; computes by stages of the run directory.
         summarize: `results -> [(quantity, value)]`, the short table that is printed after a run.
@@ -25,6 +26,7 @@ class Study:
 
     name: str
     description: str
+    check: Callable[[Any], None]
     presets: Mapping[str, Any]
     compute: Callable[[Any, RunDirectory, bool], dict[str, Any]]
     summarize: Callable[[dict[str, Any]], list[tuple[str, str]]]
@@ -41,8 +43,9 @@ def run_study(study: Study, config: Any, out: Path, *, preset: str, progress: bo
         progress: whether to show progress bars.
 
     Raises:
-        InputError: if the directory holds another configuration.
+        InputError: for settings that cannot be used, and if the directory holds another configuration.
     """
+    study.check(config)
     run = open_run(out, {"study": study.name, "preset": preset, "settings": asdict(config)})
     if not run.is_finished:
         run.finish(study.compute(config, run, progress))

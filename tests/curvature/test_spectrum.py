@@ -2,10 +2,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from matfree.decomp import tridiag_sym
 from scipy.stats import ortho_group
 
 from slt_interp import Gaussian, estimate_spectrum
 from slt_interp.curvature.operators import hvp
+from slt_interp.curvature.spectrum import _tridiagonalize
 from slt_interp.errors import InputError
 
 PRESCRIBED = {
@@ -52,6 +54,51 @@ def test_lanczos_agrees_within_its_standard_error(key, name):
     assert abs(found - exact) < 4 * error
     assert abs(spectrum.trace[0] - values.sum()) < 4 * spectrum.trace[1]
     assert spectrum.ritz_values.max() == pytest.approx(values.max(), rel=1e-3)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 3, 3000])
+def test_exhausted_krylov_space_is_no_source_of_eigenvalues(key, rank):
+    dimension = 3000  # beyond the dense limit
+    spectrum = estimate_spectrum(key, lambda w, batch: 0.5 * jnp.sum(w[:rank] ** 2), jnp.zeros(dimension), None)
+    assert not spectrum.is_exact
+    assert spectrum.warnings == ()
+    assert spectrum.ritz_values.min() > -1e-3
+    assert spectrum.ritz_values.max() < 1 + 1e-3
+    trace, error = spectrum.trace
+    assert abs(trace - rank) <= 4 * error + 1e-3 * rank
+    found, error = spectrum.llc(100.0, 1.0)
+    assert abs(found - 0.5 * rank * 100 / 101) <= 4 * error + 1e-3 * rank
+
+
+def test_krylov_space_is_matfrees_where_it_is_not_exhausted(key):
+    values, _, _, data = prescribed("rank-deficient")
+    matrix, start = np.asarray(data[0], np.float64), np.random.default_rng(0).normal(size=60)
+    ours, _ = _tridiagonalize(lambda v: matrix @ v, start, 10)
+    theirs = tridiag_sym(10, custom_vjp=False)(lambda v: data[0] @ v, jnp.asarray(start, jnp.float32))[1]
+    np.testing.assert_allclose(
+        np.linalg.eigvalsh(ours), np.linalg.eigvalsh(np.asarray(theirs, float)), atol=1e-5 * values.max()
+    )
+
+
+def test_one_probe_has_no_standard_error(key):
+    _, loss_fn, params, data = prescribed("rank-deficient")
+    spectrum = estimate_spectrum(key, loss_fn, params, data, num_matvecs=10, num_probes=1)
+    assert np.isnan(spectrum.trace[1])
+
+
+def casting(w, batch):
+    return jnp.mean(jnp.tanh(batch.astype(jnp.float32) @ w.astype(jnp.float32)) ** 2)
+
+
+def scanning(w, batch):
+    return jax.lax.scan(lambda total, x: (total + jnp.tanh(x @ w) ** 2, None), jnp.zeros((), jnp.float32), batch)[0]
+
+
+@pytest.mark.parametrize("loss_fn", [casting, scanning])
+def test_loss_that_insists_on_float32_has_its_rounding_in_the_rank_threshold(key, loss_fn):
+    batch = jax.random.normal(key, (5, 40))
+    spectrum = estimate_spectrum(key, loss_fn, 0.1 * jnp.ones(40), batch)
+    assert spectrum.rank() <= 5  # five examples, and each has a Hessian of rank 1
 
 
 def test_gaussian_llc_is_what_the_regularized_trace_formula_gives(key):

@@ -31,6 +31,7 @@ def test_equal_keys_give_equal_noise_at_every_level(key):
     np.testing.assert_allclose(10 * small, large, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nbeta", [20.0, 200.0])
 def test_tempered_posterior_raises_the_loss_by_its_exact_amount(key, nbeta):
     dial = TemperedPosterior(loss_fn, DATA, 2.0, batch_size=200, num_burnin=500, thinning=20, tolerance=0.02, progress=False)

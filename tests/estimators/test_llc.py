@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from slt_interp import SGLD, FullBatch, LocalPosterior, estimate_llc, estimate_spectrum, llc, mean_loss, sample
+from slt_interp import SGLD, FullBatch, Gaussian, LocalPosterior, estimate_llc, estimate_spectrum, llc, mean_loss, sample
 from slt_interp.errors import InputError
 from slt_interp.estimators.calibration import predicted_step_bias, settled_step_size
 
@@ -18,13 +18,14 @@ def regression(w, batch):
     return 0.5 * jnp.mean((batch["x"] @ w - batch["y"]) ** 2)
 
 
+@pytest.mark.slow
 def test_linear_regression_meets_its_exact_value_with_nothing_hand_set(key):
     estimate = estimate_llc(key, regression, CENTER, DATA, progress=False)
     assert estimate.nbeta == pytest.approx(400 / np.log(400))
     exact, _ = estimate_spectrum(key, regression, CENTER, DATA).llc(estimate.nbeta, 1.0)
     # What is predicted to first order of the step is off by its second order, about the square of the relative bias.
     bias = estimate.diagnostics["predicted_step_bias"]
-    assert 0 < bias < 0.05 * exact
+    assert 0 < bias < 0.03 * exact  # 1 % is aimed at, on what a pilot of 4 chains measured
     assert abs(estimate.llc - bias - exact) < 4 * estimate.std_error + bias**2 / exact
     assert estimate.status == "ok"
     assert str(estimate).startswith(f"LLC {estimate.llc:.4g} +- ")
@@ -59,7 +60,9 @@ def test_same_key_gives_the_same_estimate(key):
 def test_thin_arms_that_chains_miss_are_not_called_ok(key):
     # exp(-N (ab)^2 / 2 - |w|^2 / 2): exact E[N K] is .3813 at N = 1000; 6,000 SGLD steps do not explore it.
     estimate = estimate_llc(key, lambda w, b: 0.5 * jnp.prod(w) ** 2, jnp.zeros(2), None, nbeta=1000.0, progress=False)
-    assert estimate.status != "ok" or abs(estimate.llc - 0.3813) < max(0.05 * 0.3813, 3 * estimate.std_error)
+    if abs(estimate.llc - 0.3813) > max(0.05 * 0.3813, 3 * estimate.std_error):
+        assert estimate.status != "ok"
+        assert any("flat directions" in warning or "virial" in warning for warning in estimate.warnings)
 
 
 def test_error_of_init_loss_enters_the_error_bar(key):
@@ -77,7 +80,11 @@ def test_burn_in_is_not_averaged_in(key):
     target = LocalPosterior(regression, CENTER, 50.0, 1.0)
     settings = {"num_chains": 8, "num_draws": 100, "thinning": 4, "progress": False}
     draws = sample(key, SGLD(target, 5e-3), start, FullBatch(DATA), num_burnin=1000, **settings)
-    assert llc(draws, float(regression(CENTER, DATA))).llc < 10  # 50 x the loss at the start is above 500
+    estimate = llc(draws, float(regression(CENTER, DATA)))
+    k = 50.0 * np.linalg.eigvalsh(np.asarray(X.T @ X, np.float64) / 400)
+    s = k + 1.0
+    exact = 0.5 * np.sum(k / (s * (1 - 5e-3 * s / 4)))
+    assert abs(estimate.llc - exact) < 4 * estimate.std_error
     assert draws.loss.shape == (8, 100)
 
 
@@ -102,7 +109,7 @@ def test_unspread_flat_directions_are_named_by_the_virial(key):
 
 def test_constant_loss_has_llc_zero(key):
     estimate = estimate_llc(key, lambda w, b: 0.0 * jnp.sum(w), jnp.zeros(3), None, nbeta=10.0, progress=False)
-    assert (estimate.llc, estimate.std_error) == (0.0, 0.0)
+    assert (estimate.llc, estimate.std_error, estimate.status) == (0.0, 0.0, "ok")
 
 
 def test_step_size_stays_below_half_the_limit_of_stability(key):
@@ -111,6 +118,40 @@ def test_step_size_stays_below_half_the_limit_of_stability(key):
     target = LocalPosterior(lambda w, b: 0.5 * jnp.sum(curvature * w**2), jnp.zeros(501), 100.0, 1.0)
     step_size = settled_step_size(key, target, jnp.zeros(501), FullBatch(None))
     assert 0 < step_size * (100.0 * 1000 + 1) <= 2.2  # 2, and what 12 power iterations may miss
+
+
+def test_step_size_does_not_depend_on_frozen_coordinates(key):
+    # Displacing z by its base measure would multiply the curvature of a by exp(20 z).
+    def loss_fn(params, batch):
+        return 0.5 * jnp.sum(params["a"] ** 2) * jnp.exp(20 * jnp.sum(params["z"]))
+
+    params = {"a": jnp.zeros(10), "z": jnp.zeros(3)}
+    steps = []
+    for stiff in (1.0, 1e6):
+        base = Gaussian(params, {"a": 1.0, "z": stiff**-0.5})
+        target = LocalPosterior(loss_fn, params, 100.0, base, mask={"a": True, "z": False})
+        steps.append(settled_step_size(key, target, params, FullBatch(None)))
+    assert steps[0] == pytest.approx(steps[1])
+    assert 0.01 < steps[0] * 101 < 0.5
+
+
+def test_step_search_ends_where_rounding_hides_the_difference(key):
+    params = 3 * jnp.ones(4, jnp.bfloat16)
+    target = LocalPosterior(lambda w, b: 1000.0 + jnp.sum((w - 3) ** 2), params, 1e6, 1.0)
+    assert 0 < settled_step_size(key, target, params, FullBatch(None)) < 1
+
+
+def test_loss_that_is_not_finite_at_the_center_is_an_error(key):
+    with pytest.raises(InputError, match="not finite at params"):
+        estimate_llc(key, lambda w, b: jnp.sum(jnp.sqrt(w)), -jnp.ones(3), None, nbeta=10.0, progress=False)
+
+
+def test_run_too_short_to_check_is_not_called_ok(key):
+    target = LocalPosterior(regression, CENTER, 50.0, 1.0)
+    draws = sample(key, SGLD(target, 1e-3), CENTER, FullBatch(DATA), num_chains=32, num_draws=2, progress=False)
+    estimate = llc(draws, float(regression(CENTER, DATA)))
+    assert estimate.status == "do not trust"
+    assert any("too few draws" in warning for warning in estimate.warnings)
 
 
 @pytest.mark.parametrize("count", [1, 63, 64, 100, 401])
@@ -136,7 +177,9 @@ def test_mean_loss_over_blocks_is_the_mean(count):
         ({"params": jnp.arange(6)}, TypeError, "floating arrays"),
         ({"loss_fn": lambda w, b: w}, TypeError, "real scalar"),
         ({"localization": -1.0}, InputError, "localization must be positive"),
-        ({"mask": {"a": True}}, ValueError, "mask"),
+        ({"mask": {"a": True}}, ValueError, "mask must be True or False"),
+        ({"mask": False}, ValueError, "selects no coordinate"),
+        ({"max_gradients": 0}, InputError, "max_gradients must be at least 1, but is 0"),
     ],
 )
 def test_bad_input_gets_one_clear_sentence(key, arguments, kind, message):

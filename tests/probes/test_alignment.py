@@ -17,6 +17,7 @@ def test_cayley_gives_rotations(key, scale):
     assert float(jnp.linalg.det(rotation)) == pytest.approx(1.0, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_search_finds_the_circuit_of_the_handcrafted_network(key):
     params = handcrafted_params(sharpness=1.0)
     fit = fit_alignment(key, NETWORK, params, "layer1", (8, 8), draw_counterfactuals, num_steps=600, num_restarts=3)

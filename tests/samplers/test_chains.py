@@ -12,7 +12,7 @@ from flax import nnx
 
 from slt_interp import SGLD, FullBatch, LocalPosterior, Minibatches, keep_params, llc, sample
 from slt_interp.errors import InputError
-from slt_interp.samplers.chains import advance, chain_mesh
+from slt_interp.samplers.chains import advance, chain_mesh, keep_nothing
 from slt_interp.samplers.diagnostics import std_error
 
 DATA = {"x": jax.random.normal(jax.random.key(1), (60, 3)), "y": jax.random.normal(jax.random.key(2), (60,))}
@@ -69,6 +69,9 @@ def test_checkpoint_of_another_run_is_refused_and_kept(key, tmp_path):
     run(key, checkpoint=tmp_path / "run")
     with pytest.raises(InputError, match="another run"):
         run(jax.random.key(9), checkpoint=tmp_path / "run")
+    for other in ({"batches": FullBatch(DATA)}, {"collect": keep_nothing}, {"loss_fn": walled}):
+        with pytest.raises(InputError, match="another run"):
+            run(key, **other, checkpoint=tmp_path / "run")
     with pytest.raises(InputError, match="already holds 30 draws"):
         run(key, num_draws=10, checkpoint=tmp_path / "run")
     assert_same(run(key), run(key, checkpoint=tmp_path / "run"))

@@ -30,6 +30,10 @@ def test_standard_errors_cover():
     covered = np.mean([abs(mean) < 1.96 * error for mean, error in errors])
     # Binomial: sd of the share at .95 and n = 200 is .015; the larger of two errors can only cover more.
     assert covered > 0.95 - 4 * 0.0154
+    # Nor may they be much too large: the larger of two estimates, one of them from 4 chains, is 1.3 times the truth on average.
+    sizes = np.mean([error for _, error in errors])
+    exact = np.sqrt((1 + 0.8) / (1 - 0.8) / 1600)
+    assert 1.0 < sizes / exact < 1.6
 
 
 def test_disagreeing_and_drifting_chains_are_seen():
