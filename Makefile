@@ -1,5 +1,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
+WHOLE_STUDIES := tests/test_studies_and_reports.py
 
 .PHONY: install report test test-all lint clean
 
@@ -15,11 +16,14 @@ install: .venv/installed
 report: install
 	$(BIN)/slt-interp run hierarchical-equality --out runs/hierarchical-equality
 
+# The tests of whole studies run alone: they use both cores themselves, and a reader may look at their times.
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(WHOLE_STUDIES)
+	$(BIN)/python -m pytest -n 2 --ignore=$(WHOLE_STUDIES)
 
 test-all: install
-	$(BIN)/python -m pytest -m ''
+	$(BIN)/python -m pytest -m '' $(WHOLE_STUDIES)
+	$(BIN)/python -m pytest -m '' -n 2 --ignore=$(WHOLE_STUDIES)
 
 lint: install
 	$(BIN)/ruff format --check .

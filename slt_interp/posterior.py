@@ -102,7 +102,7 @@ class LocalPosterior:
     def loss(self, params: Params, batch: Batch) -> Float[Array, ""]:
         """Evaluate the loss in the center's own precision; the result is float32 or better."""
         cast = jax.tree.map(lambda w, c: w.astype(c.dtype), params, self.center)
-        value = self.loss_fn(cast, batch)
+        value = jnp.asarray(self.loss_fn(cast, batch))
         return value.astype(jnp.promote_types(value.dtype, jnp.float32))
 
     def potential(self, params: Params, batch: Batch) -> Float[Array, ""]:

@@ -100,6 +100,12 @@ def check_params(params: Params, name: str = "params") -> None:
         )
 
 
+def check_key(key: Key[Array, ""]) -> None:
+    """Raise TypeError unless `key` is one typed PRNG key."""
+    if not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ()):
+        raise TypeError(f"key must be one typed PRNG key, as jax.random.key(0) makes it, but is {_describe(key)}")
+
+
 def check_like(tree: Params, reference: Params, name: str, reference_name: str) -> None:
     """Raise ValueError unless two pytrees have one structure and the same leaf shapes; the first difference is named."""
     left = {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}

@@ -14,7 +14,7 @@ from slt_interp.curvature.operators import flat_hvp
 from slt_interp.data import Batch, num_examples
 from slt_interp.errors import InputError
 from slt_interp.posterior import Gaussian, LocalPosterior, LossFn, check_target
-from slt_interp.tree import Params, dimension
+from slt_interp.tree import Params, check_key, dimension
 
 DENSE_LIMIT = 2000
 """Up to this dimension the whole matrix is computed, in float64."""
@@ -131,6 +131,7 @@ def estimate_spectrum(
     >>> spectrum.ritz_values.tolist()
     [[1.0, 1.0, 1.0]]
     """
+    check_key(key)
     if data is not None:
         num_examples(data)
     check_target(LocalPosterior(loss_fn, params, 1.0, 1.0), params, data)

@@ -22,7 +22,7 @@ from slt_interp.samplers.chains import Draws, chain_mesh, sample
 from slt_interp.samplers.diagnostics import MIN_DRAWS, drift, effective_sample_size, split_rhat, std_error
 from slt_interp.samplers.kernel import Kernel
 from slt_interp.samplers.sgld import SGLD
-from slt_interp.tree import Params
+from slt_interp.tree import Params, check_key
 
 OK = "ok"
 NOT_EQUILIBRATED = "flat directions not equilibrated"
@@ -206,6 +206,7 @@ def estimate_llc(
     >>> abs(estimate.llc - 2.0) < 4 * estimate.std_error + 0.1  # 4 directions; SGLD's step bias is about 5 %
     True
     """
+    check_key(key)
     count = None if data is None else num_examples(data)
     nbeta = customary_nbeta(count) if nbeta is None else nbeta
     if not np.all(np.asarray(nbeta) > 0):

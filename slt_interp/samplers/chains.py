@@ -27,7 +27,7 @@ from slt_interp.errors import InputError
 from slt_interp.posterior import check_target
 from slt_interp.samplers.kernel import Info, Kernel
 from slt_interp.storage import Checkpoints, fingerprint
-from slt_interp.tree import Params, Real
+from slt_interp.tree import Params, Real, check_key
 
 Collect = Callable[[Any, Info], PyTree[Array]]
 
@@ -145,6 +145,8 @@ def sample(
     check_batches(batches)
     target = kernel.target
     check_target(target, params, jax.eval_shape(batches, key))
+    if not jnp.all(jnp.asarray(kernel.step_size) > 0):
+        raise InputError(f"step_size must be positive, but is {kernel.step_size}")
     keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(num_chains))
     states = _start(kernel, keys, params, batches)
     original = kernel
@@ -363,12 +365,11 @@ def _check_mesh(mesh: jax.sharding.Mesh | None, num_chains: int) -> None:
 
 
 def _check_counts(key: Any, num_chains: int, num_draws: int, num_warmup: int, num_burnin: int, thinning: int, *sizes) -> None:
-    if not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ()):
-        raise TypeError("key must be one typed PRNG key, as jax.random.key(0) makes it")
+    check_key(key)
     chunk_size, block_size = sizes
     positive = {"num_chains": num_chains, "num_draws": num_draws, "thinning": thinning}
     optional = {name: size for name, size in (("chunk_size", chunk_size), ("block_size", block_size)) if size is not None}
     for minimum, counts in ((1, positive | optional), (0, {"num_warmup": num_warmup, "num_burnin": num_burnin})):
         for name, count in counts.items():
-            if count < minimum:
-                raise InputError(f"{name} must be at least {minimum}, but is {count}")
+            if not isinstance(count, int | np.integer) or count < minimum:
+                raise InputError(f"{name} must be a whole number of at least {minimum}, but is {count}")

@@ -3,6 +3,9 @@
 Train a network on the task, polish it to a minimum, and ask there: how degenerate is the basin (LLC, beside what the
 Hessian says), and does an alignment found at the trained weights survive draws from the tempered posterior, beside weight
 noise of equal loss?
+
+The file is long because it is the whole study in the order it runs: settings and their checks, then one function per
+stage. What computes lives in the rooms below.
 """
 
 import functools

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from slt_interp import SGLD, FullBatch, Gaussian, LocalPosterior, estimate_llc, estimate_spectrum, llc, mean_loss, sample
 from slt_interp.errors import InputError
@@ -167,6 +168,13 @@ def test_mean_loss_over_blocks_is_the_mean(count):
         assert np.isnan(error)
 
 
+class Unhashable:
+    __hash__ = None
+
+    def __call__(self, params, batch):
+        return jnp.zeros(())
+
+
 @pytest.mark.parametrize(
     ("arguments", "kind", "message"),
     [
@@ -179,10 +187,16 @@ def test_mean_loss_over_blocks_is_the_mean(count):
         ({"localization": -1.0}, InputError, "localization must be positive"),
         ({"mask": {"a": True}}, ValueError, "mask must be True or False"),
         ({"mask": False}, ValueError, "selects no coordinate"),
+        ({"params": nnx.Dropout(0.5, rngs=nnx.Rngs(0))}, TypeError, "whole flax nnx module, Dropout.*nnx.split"),
+        ({"loss_fn": Unhashable()}, TypeError, "loss_fn must be hashable, but Unhashable is not"),
+        ({"key": 0}, TypeError, "key must be one typed PRNG key"),
         ({"max_gradients": 0}, InputError, "max_gradients must be at least 1, but is 0"),
     ],
 )
 def test_bad_input_gets_one_clear_sentence(key, arguments, kind, message):
-    arguments = {"loss_fn": regression, "params": CENTER, "data": DATA} | arguments
+    arguments = {"key": key, "loss_fn": regression, "params": CENTER, "data": DATA} | arguments
     with pytest.raises(kind, match=message):
-        estimate_llc(key, progress=False, **arguments)
+        estimate_llc(progress=False, **arguments)
+    if set(arguments) == {"key", "loss_fn", "params", "data"} and arguments["data"] is not None:
+        with pytest.raises(kind, match=message):
+            estimate_spectrum(**arguments)

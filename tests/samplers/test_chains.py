@@ -23,9 +23,9 @@ def loss_fn(params, batch):
     return jnp.mean((batch["x"] @ params["kernel"] + params["bias"] - batch["y"][:, None]) ** 2)
 
 
-def run(key, loss_fn=loss_fn, params=PARAMS, nbeta=20.0, batches=None, **settings):
+def run(key, loss_fn=loss_fn, params=PARAMS, nbeta=20.0, batches=None, step_size=1e-3, **settings):
     batches = Minibatches(DATA, 16) if batches is None else batches
-    kernel = SGLD(LocalPosterior(loss_fn, params, nbeta, 2.0), 1e-3)
+    kernel = SGLD(LocalPosterior(loss_fn, params, nbeta, 2.0), step_size)
     settings = {
         "num_chains": 4,
         "num_draws": 30,
@@ -126,10 +126,12 @@ def test_other_nbeta_step_size_and_counts_compile_nothing(key):
         traces.append(1)
         return loss_fn(params, batch)
 
-    run(key, counting)
-    first, compiled = len(traces), advance._cache_size()
-    for nbeta in (1.0, 50.0):
+    before = advance._cache_size()
+    for nbeta in (1.0, 20.0, 50.0):
         run(key, counting, nbeta=nbeta)
+        first = first if nbeta > 1 else len(traces)
+    compiled = advance._cache_size()
+    assert compiled == before + 1
     kernel = SGLD(LocalPosterior(counting, PARAMS, 3.0, 1.0), 2e-4)
     settings = {"num_chains": 4, "collect": keep_params, "progress": False, "chunk_size": 2}
     sample(key, kernel, PARAMS, Minibatches(DATA, 16), num_draws=8, num_burnin=50, thinning=2, **settings)
@@ -214,11 +216,14 @@ def test_no_finite_chain_is_an_error_that_names_the_step_size(key):
 @pytest.mark.parametrize(
     ("settings", "kind", "message"),
     [
-        ({"num_chains": 0}, InputError, "num_chains must be at least 1, but is 0"),
-        ({"num_draws": 0}, InputError, "num_draws must be at least 1"),
-        ({"thinning": 0}, InputError, "thinning must be at least 1"),
-        ({"num_burnin": -1}, InputError, "num_burnin must be at least 0"),
-        ({"chunk_size": 0}, InputError, "chunk_size must be at least 1"),
+        ({"num_chains": 0}, InputError, "num_chains must be a whole number of at least 1, but is 0"),
+        ({"num_chains": 2.0}, InputError, "num_chains must be a whole number of at least 1, but is 2.0"),
+        ({"num_draws": 0}, InputError, "num_draws must be a whole number of at least 1"),
+        ({"thinning": 0}, InputError, "thinning must be a whole number of at least 1"),
+        ({"num_burnin": -1}, InputError, "num_burnin must be a whole number of at least 0"),
+        ({"chunk_size": 0}, InputError, "chunk_size must be a whole number of at least 1"),
+        ({"step_size": 0.0}, InputError, "step_size must be positive, but is 0.0"),
+        ({"nbeta": -1.0}, InputError, "nbeta must be finite and not negative"),
         ({"batches": Minibatches(DATA, 61)}, InputError, "a batch of 61 examples"),
         ({"params": {"kernel": jnp.arange(3)}}, TypeError, r"center must be a pytree of floating arrays.*kernel.*int32"),
     ],
