@@ -84,7 +84,7 @@ def _run(name: str, arguments: list[str]) -> None:
         prog=f"slt-interp run {name}",
         description=study.description,
     )
-    _prepare_jax()
+    _prepare_jax(quick_to_compile=preset == "smoke")
     directory = run_study(study, parsed.settings, parsed.out, preset=preset, progress=parsed.progress)
     page = render(parsed.out)
     rows = study.summarize(directory.results)
@@ -103,8 +103,12 @@ def _preset(arguments: list[str]) -> str:
     return "default"
 
 
-def _prepare_jax() -> None:
-    """Use every core as a device for chains, and keep compiled programs between runs."""
+def _prepare_jax(*, quick_to_compile: bool) -> None:
+    """Use every core as a device for chains, and keep compiled programs between runs.
+
+    A smoke run spends its time in the compiler, so there XLA is asked for less.
+    """
+    jax.config.update("jax_disable_most_optimizations", quick_to_compile)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     jax.config.update("jax_num_cpu_devices", cores)
     jax.config.update("jax_compilation_cache_dir", platformdirs.user_cache_dir("slt_interp"))

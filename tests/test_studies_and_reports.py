@@ -308,7 +308,7 @@ def test_report_opens_in_a_browser_with_all_figures_visible(smoke, tmp_path):
 def test_bad_input_exits_with_2_one_sentence_and_writes_nothing(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["slt-interp", *arguments])
-    monkeypatch.setattr(cli, "_prepare_jax", lambda: None)  # this process has used JAX
+    monkeypatch.setattr(cli, "_prepare_jax", lambda **_: None)  # this process has used JAX
     with pytest.raises(SystemExit) as left:
         cli.main()
     said = capsys.readouterr().err

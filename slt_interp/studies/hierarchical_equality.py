@@ -102,7 +102,7 @@ class Config:
 
 
 SMOKE = Config(
-    train_steps=1200,
+    train_steps=1000,
     accuracy_goal=0.6,
     num_examples=512,
     polish_steps=50,
@@ -115,7 +115,6 @@ SMOKE = Config(
     dial_burnin=100,
     dial_draws=4,
     dial_thinning=10,
-    dial_batch=128,
     alignment_steps=100,
     alignment_restarts=2,
     num_counterfactuals=512,
