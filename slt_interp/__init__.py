@@ -3,28 +3,46 @@
 One target, the tempered local posterior; one `sample`; many readings.
 """
 
+from slt_interp.bases import Ball, Box, Gaussian
 from slt_interp.curvature.spectrum import Spectrum, estimate_spectrum
 from slt_interp.data import FullBatch, Minibatches
 from slt_interp.estimators.llc import LLCEstimate, estimate_llc, llc, mean_loss
-from slt_interp.posterior import Gaussian, LocalPosterior
+from slt_interp.posterior import LocalPosterior
 from slt_interp.probes.draws import over_draws
-from slt_interp.samplers.chains import Draws, keep_params, sample
+from slt_interp.samplers.chains import chain_mesh, sample
+from slt_interp.samplers.draws import Draws, keep_params, read_draws
+from slt_interp.samplers.hmc import HMC
+from slt_interp.samplers.mala import MALA
+from slt_interp.samplers.nuts import NUTS
+from slt_interp.samplers.rmsprop_sgld import RMSPropSGLD
+from slt_interp.samplers.sghmc import SGHMC
 from slt_interp.samplers.sgld import SGLD
+from slt_interp.samplers.sgnht import SGNHT
 
 __all__ = [
+    "HMC",
+    "MALA",
+    "NUTS",
+    "SGHMC",
     "SGLD",
+    "SGNHT",
+    "Ball",
+    "Box",
     "Draws",
     "FullBatch",
     "Gaussian",
     "LLCEstimate",
     "LocalPosterior",
     "Minibatches",
+    "RMSPropSGLD",
     "Spectrum",
+    "chain_mesh",
     "estimate_llc",
     "estimate_spectrum",
     "keep_params",
     "llc",
     "mean_loss",
     "over_draws",
+    "read_draws",
     "sample",
 ]

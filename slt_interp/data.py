@@ -5,6 +5,7 @@ program, not constants baked into it. Each chain calls its batch function with i
 different chains are independent.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -13,6 +14,7 @@ import jax
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from slt_interp.errors import InputError
+from slt_interp.noise import random_indices
 
 Batch = PyTree[Array] | None
 """A pytree of arrays with a leading example axis, or None for losses without data."""
@@ -38,7 +40,7 @@ class Minibatches:
         """Draw a batch."""
         num_examples = jax.tree.leaves(self.data)[0].shape[0]
         if self.replace:
-            indices = jax.random.randint(key, (self.size,), 0, num_examples)
+            indices = random_indices(key, self.size, num_examples)
         else:
             indices = jax.random.choice(key, num_examples, (self.size,), replace=False)
         return jax.tree.map(lambda x: x[indices], self.data)
@@ -96,6 +98,30 @@ def num_examples(data: PyTree[Array]) -> int:
         listed = ", ".join(f"{path or 'the array'}: {'a scalar' if n is None else n}" for path, n in lengths.items())
         raise InputError(f"the leaves of data must share one leading example axis, but have lengths {listed}")
     return next(n for n in lengths.values() if n is not None)
+
+
+def map_blocks(
+    function: Callable[[Batch], PyTree[Array]], data: Batch, size: int
+) -> tuple[PyTree[Array], Int[Array, " block"]]:
+    """Apply `function` to blocks of at most `size` consecutive examples, one after the other.
+
+    Returns:
+        The results, stacked along a leading block axis, and the number of examples in each block.
+
+    >>> map_blocks(lambda x: x.sum(), jax.numpy.arange(5.0), 2)[0].tolist()
+    [1.0, 5.0, 4.0]
+    """
+    count = num_examples(data)
+    whole = count // size
+    counts = jax.numpy.array([size] * whole + [count - whole * size] * (count > whole * size))
+    parts = []
+    if whole:
+        head = jax.tree.map(lambda x: jax.numpy.asarray(x)[: whole * size].reshape(whole, size, *x.shape[1:]), data)
+        parts.append(jax.lax.map(function, head))
+    if count > whole * size:
+        tail = function(jax.tree.map(lambda x: jax.numpy.asarray(x)[whole * size :], data))
+        parts.append(jax.tree.map(lambda x: jax.numpy.asarray(x)[None], tail))
+    return jax.tree.map(lambda *x: jax.numpy.concatenate(x), *parts), counts
 
 
 def check_batches(batches: object) -> None:

@@ -5,63 +5,33 @@ only the base measure is left.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key, PyTree
+from jaxtyping import Array, Float, PyTree
 
-from slt_interp.data import Batch
+from slt_interp.bases import BASES, Base, Gaussian
+from slt_interp.data import Batch, map_blocks
 from slt_interp.errors import InputError
-from slt_interp.tree import Params, Real, broadcast, check_like, check_params, dimension, dot, normal_like
+from slt_interp.tree import Params, Real, broadcast, check_like, check_params, dimension, dot
 
 LossFn = Callable[[Params, Any], Float[Array, ""]]
 """Mean negative log-likelihood per example, in nats."""
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["center", "scale"], meta_fields=[])
-@dataclass(frozen=True)
-class Gaussian:
-    """The base measure N(center, scale^2) with independent coordinates.
+class ControlVariate(NamedTuple):
+    """What the whole data say at the center: see `LocalPosterior.with_control_variate`."""
 
-    `center` and `scale` (a standard deviation, in units of the weights) are scalars or pytrees like the parameters.
-
-    >>> base = Gaussian(center=jnp.zeros(3), scale=2.0)
-    >>> float(base.potential(jnp.array([2.0, 0.0, 2.0])))
-    1.0
-    """
-
-    center: PyTree[Real]
-    scale: PyTree[Real]
-
-    def potential(self, params: Params) -> Float[Array, ""]:
-        """Minus the log density in nats, up to a constant: 1/2 sum ((w - center) / scale)^2."""
-        standard = jax.tree.map(
-            lambda w, c, s: (w - c) / s, params, broadcast(self.center, params), broadcast(self.scale, params)
-        )
-        return 0.5 * dot(standard, standard)
-
-    def gradient(self, params: Params) -> Params:
-        """Gradient of `potential`: (w - center) / scale^2."""
-        return jax.tree.map(
-            lambda w, c, s: (w - c) / s**2, params, broadcast(self.center, params), broadcast(self.scale, params)
-        )
-
-    def sample(self, key: Key[Array, ""], like: Params) -> Params:
-        """Draw one point exactly, in the structure and dtypes of `like`."""
-        return jax.tree.map(
-            lambda z, c, s: (c + s * z).astype(z.dtype),
-            normal_like(key, like),
-            broadcast(self.center, like),
-            broadcast(self.scale, like),
-        )
+    loss: Float[Array, ""]
+    gradient: Params
 
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["center", "nbeta", "localization", "mask"],
+    data_fields=["center", "nbeta", "localization", "mask", "control"],
     meta_fields=["loss_fn"],
 )
 @dataclass(frozen=True)
@@ -73,9 +43,11 @@ class LocalPosterior:
             compiled program's identity: hashable, and the same object from call to call, or every call compiles anew.
         center: the trained weights w*, a pytree of floating arrays.
         nbeta: n times the inverse temperature beta, at least 0; n / log n with n the *dataset* size is customary.
-        localization: gamma, for the base measure `Gaussian(center, gamma**-0.5)`; or a base measure.
+        localization: gamma, for the base measure `Gaussian(center, gamma**-0.5)`; or a base measure
+            (`Gaussian`, `Box`, `Ball`).
         mask: which coordinates are sampled: booleans, a scalar or array per leaf (None: all of them). The others keep
             their values.
+        control: what `with_control_variate` computes; None without.
 
     Weights below float32 precision are sampled in float32 and cast for the loss: SGLD's noise is smaller than their
     spacing.
@@ -89,21 +61,53 @@ class LocalPosterior:
     loss_fn: LossFn
     center: Params
     nbeta: Real
-    localization: Real | Gaussian
+    localization: Real | Base
     mask: PyTree[Real] | None = None
+    control: ControlVariate | None = None
 
     @property
-    def base(self) -> Gaussian:
+    def base(self) -> Base:
         """The base measure that localizes the posterior."""
-        if isinstance(self.localization, Gaussian):
+        if isinstance(self.localization, BASES):
             return self.localization
         return Gaussian(self.center, jnp.asarray(self.localization) ** -0.5)
 
+    def with_control_variate(self, data: Batch, *, block_size: int = 4096) -> "LocalPosterior":
+        """Reduce the noise of minibatches near the center, for a second gradient per step.
+
+        The loss on a batch B becomes L_B(w) - L_B(w*) - g_B(w*).(w - w*) + L_n(w*) + g_n(w*).(w - w*), where n is all of
+        `data`: unbiased as before, without any noise at the center, and with gradient g_B(w) - g_B(w*) + g_n(w*).
+
+        Args:
+            data: all of the data, from which the batches are drawn.
+            block_size: examples per gradient at the center.
+
+        References:
+            Baker et al. (2019), Control variates for stochastic gradient MCMC, arXiv:1706.05439.
+
+        >>> def loss_fn(w, batch): return 0.5 * jnp.mean((w - batch) ** 2)
+        >>> data = jnp.array([1.0, 2.0, 6.0])
+        >>> target = LocalPosterior(loss_fn, jnp.array(3.0), nbeta=1.0, localization=1.0).with_control_variate(data)
+        >>> [round(float(target.loss(jnp.array(4.0), data[i : i + 1])), 4) for i in range(3)]  # each the loss on all data
+        [2.8333, 2.8333, 2.8333]
+        """
+        plain = replace(self, control=None)
+        losses, gradients, counts = _center_gradients(plain, self.position(self.center), data, block_size)
+
+        def mean(blocks: Array) -> Array:
+            return jnp.tensordot(counts.astype(blocks.dtype), blocks, axes=1) / jnp.sum(counts)
+
+        return replace(self, control=ControlVariate(mean(losses), jax.tree.map(mean, gradients)))
+
     def loss(self, params: Params, batch: Batch) -> Float[Array, ""]:
         """Evaluate the loss in the center's own precision; the result is float32 or better."""
-        cast = jax.tree.map(lambda w, c: w.astype(c.dtype), params, self.center)
-        value = jnp.asarray(self.loss_fn(cast, batch))
-        return value.astype(jnp.promote_types(value.dtype, jnp.float32))
+        if self.control is None:
+            return self._batch_loss(params, batch)
+        center = self.position(self.center)
+        center_loss, center_gradient = jax.value_and_grad(self._batch_loss)(center, batch)
+        slope = jax.tree.map(jnp.subtract, self.control.gradient, center_gradient)
+        correction = self.control.loss - center_loss + dot(self.displacement(params), slope)
+        return self._batch_loss(params, batch) + correction
 
     def potential(self, params: Params, batch: Batch) -> Float[Array, ""]:
         """Evaluate U(w) = nbeta L(w) + base potential, in nats; exp(-U) is the unnormalized density."""
@@ -112,8 +116,12 @@ class LocalPosterior:
     def value_and_grad(self, params: Params, batch: Batch) -> tuple[Float[Array, ""], Params]:
         """Evaluate the loss and the gradient of the potential; masked coordinates have gradient 0."""
         loss, gradient = jax.value_and_grad(self.loss)(params, batch)
-        total = jax.tree.map(lambda g, b: self.nbeta * g + b, gradient, self.base.gradient(params))
-        return loss, self.restrict(total)
+        return loss, self.potential_gradient(params, gradient)
+
+    def potential_gradient(self, params: Params, loss_gradient: Params) -> Params:
+        """Turn the gradient of the loss into that of the potential; masked coordinates have gradient 0."""
+        total = jax.tree.map(lambda g, b: self.nbeta * g + b, loss_gradient, self.base.gradient(params))
+        return self.restrict(total)
 
     def displacement(self, params: Params) -> Params:
         """Subtract the center: w - w*."""
@@ -124,6 +132,19 @@ class LocalPosterior:
         if self.mask is None:
             return tree
         return jax.tree.map(lambda x, m: jnp.where(m, x, jnp.zeros_like(x)), tree, broadcast(self.mask, tree))
+
+    def hold(self, moved: Params, params: Params) -> Params:
+        """Take the sampled coordinates from `moved` and the others, bit for bit, from `params`."""
+        if self.mask is None:
+            return moved
+        return jax.tree.map(lambda new, old, m: jnp.where(m, new, old), moved, params, broadcast(self.mask, params))
+
+    def move(self, params: Params, velocity: Params, time: Real = 1.0, metric: Params | None = None) -> tuple[Params, Params]:
+        """Go along `velocity` for `time`, reflected at the walls of a bounded base: see `Base.move`."""
+        if metric is None:
+            metric = jax.tree.map(jnp.ones_like, params)
+        moved, velocity = self.base.move(params, velocity, time, self.restrict(metric))
+        return self.hold(moved, params), velocity
 
     def dimension(self) -> Real:
         """Count the sampled coordinates."""
@@ -136,13 +157,18 @@ class LocalPosterior:
         """Copy weights into the precision in which they are sampled: float32 or better."""
         return jax.tree.map(lambda w: jnp.array(w, dtype=jnp.promote_types(w.dtype, jnp.float32)), params)
 
+    def _batch_loss(self, params: Params, batch: Batch) -> Float[Array, ""]:
+        cast = jax.tree.map(lambda w, c: w.astype(c.dtype), params, self.center)
+        value = jnp.asarray(self.loss_fn(cast, batch))
+        return value.astype(jnp.promote_types(value.dtype, jnp.float32))
+
 
 def check_target(target: LocalPosterior, params: Params, batch: Batch) -> None:
     """Check a target once, before anything is compiled.
 
     Raises:
         TypeError: if `loss_fn` cannot be hashed or does not return a real scalar, or a leaf is not floating.
-        InputError: if nbeta is negative or the localization not positive.
+        InputError: if nbeta is negative, the localization not positive, or `params` outside a bounded base.
         ValueError: if `params` or the mask do not have the structure of `center`.
     """
     check_params(target.center, "center")
@@ -165,11 +191,23 @@ def check_target(target: LocalPosterior, params: Params, batch: Batch) -> None:
         )
     if not jnp.all((jnp.asarray(target.nbeta) >= 0) & jnp.isfinite(jnp.asarray(target.nbeta))):
         raise InputError(f"nbeta must be finite and not negative, but is {target.nbeta}: n / log n is customary")
-    if not isinstance(target.localization, Gaussian) and not jnp.all(jnp.asarray(target.localization) > 0):
+    if isinstance(target.localization, BASES):
+        if target.base.is_bounded and not jnp.isfinite(target.base.potential(target.position(params))):
+            raise InputError(
+                f"params lie outside the base measure, a {type(target.base).__name__}: chains start at params, so widen or "
+                "move the base measure until it holds them"
+            )
+    elif not jnp.all(jnp.asarray(target.localization) > 0):
         raise InputError(
             f"localization must be positive, but is {target.localization}: without it flat directions have no bound; "
             "1 to 1000 is customary"
         )
+
+
+@partial(jax.jit, static_argnames=("size",))
+def _center_gradients(target: LocalPosterior, center: Params, data: Batch, size: int) -> tuple[Array, Params, Array]:
+    (losses, gradients), counts = map_blocks(partial(jax.value_and_grad(target.loss), center), data, size)
+    return losses, gradients, counts
 
 
 def _check_mask(mask: PyTree[Real] | None, center: Params) -> None:

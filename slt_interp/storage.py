@@ -1,4 +1,4 @@
-"""What is kept on disk: run directories of studies, and checkpoints of chains.
+"""What is kept on disk: run directories of studies, checkpoints of chains and their draws.
 
 A run directory holds `config.json` (what was asked), `stages/` (what each finished stage found, so that an interrupted
 run goes on from there), `results.json` (everything a report says) and `environment.json` (versions, device, times).
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 import numpy as np
@@ -131,9 +131,9 @@ def read_run(path: Path) -> RunDirectory:
 
 
 class Checkpoints:
-    """Numbered checkpoints of pytrees of arrays in a directory of their own, written by orbax.
+    """The state of a run in a directory of its own, written by orbax under growing numbers; the last ones are kept.
 
-    Every checkpoint is complete or absent, whenever the process dies.
+    A checkpoint is complete or absent, whenever the process dies.
     """
 
     def __init__(self, path: str | Path, identity: str):
@@ -142,26 +142,103 @@ class Checkpoints:
         self._orbax = ocp
         path = Path(path).absolute()
         known = path.exists() and any(path.iterdir())
-        options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
+        options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, max_to_keep=2)
         self._manager = ocp.CheckpointManager(path, options=options, metadata={"identity": identity})
         found = (self._manager.metadata().custom_metadata or {}).get("identity")
         if known and found != identity:
             raise InputError(
-                f"{path} holds the checkpoints of another run (another key, kernel, start, data, collect or counts): give "
-                "another directory, or remove that one"
+                f"{path} holds another run (another key, kernel, start, data, collect or counts): give another directory, or "
+                "remove that one"
             )
 
     def save(self, number: int, tree: PyTree) -> None:
-        """Save a pytree under a number larger than every earlier one."""
+        """Save a pytree of arrays under a number larger than every earlier one."""
         leaves = {str(i): np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(tree))}
         self._manager.save(number, args=self._orbax.args.StandardSave(leaves))
 
-    def restore(self, like: PyTree) -> Iterator[PyTree]:
-        """Read every checkpoint in order, each in the structure of `like`."""
+    def restore(self, like: PyTree) -> tuple[int, PyTree] | None:
+        """Read the last checkpoint, in the structure of `like`, with its number; None if there is none."""
+        number = self._manager.latest_step()
+        if number is None:
+            return None
         structure = jax.tree.structure(like)
-        for number in sorted(self._manager.all_steps()):
-            leaves = self._manager.restore(number, args=self._orbax.args.StandardRestore())
-            yield structure.unflatten(np.asarray(leaves[str(i)]) for i in range(structure.num_leaves))
+        leaves = self._manager.restore(number, args=self._orbax.args.StandardRestore())
+        return number, structure.unflatten(np.asarray(leaves[str(i)]) for i in range(structure.num_leaves))
+
+
+class DrawFiles:
+    """Draws on disk as they come: one .npy file per array, axes (draw, chain, *event), which any reader of .npy opens.
+
+    Every file is valid at any time: its header counts the draws that are complete.
+
+    Args:
+        path: a directory, made if need be.
+        like: pytree of what one draw of all chains is: shapes and dtypes (chain, *event).
+        num_draws: draws to keep of what is there already; later ones are cut off.
+    """
+
+    def __init__(self, path: Path, like: PyTree[jax.ShapeDtypeStruct], num_draws: int):
+        path.mkdir(parents=True, exist_ok=True)
+        leaves, self._structure = jax.tree_util.tree_flatten_with_path(like)
+        self._files = [(path / f"{_file_name(keys)}.npy", leaf) for keys, leaf in leaves]
+        self.num_draws = num_draws
+        for file, leaf in self._files:
+            with open(file, "r+b" if num_draws else "wb") as stream:
+                self._write_header(stream, leaf)
+                stream.truncate(stream.tell() + num_draws * self._row(leaf))
+
+    def append(self, draws: PyTree[np.ndarray]) -> None:
+        """Write draws (chain, draw, *event) behind the others."""
+        leaves = jax.tree.leaves(draws)
+        for (file, leaf), values in zip(self._files, leaves, strict=True):
+            with open(file, "r+b") as stream:
+                self._write_header(stream, leaf)
+                stream.seek(self.num_draws * self._row(leaf), os.SEEK_CUR)
+                stream.write(np.ascontiguousarray(np.swapaxes(values, 0, 1)).reshape(-1).view(np.uint8).data)
+                stream.flush()
+                os.fsync(stream.fileno())
+        self.num_draws += leaves[0].shape[1]
+        for file, leaf in self._files:
+            with open(file, "r+b") as stream:
+                self._write_header(stream, leaf)
+
+    def read(self) -> PyTree[np.ndarray]:
+        """Map all draws into memory, (chain, draw, *event)."""
+        return self._structure.unflatten([_map_draws(file, leaf.dtype) for file, leaf in self._files])
+
+    def _row(self, leaf: jax.ShapeDtypeStruct) -> int:
+        return math.prod(leaf.shape) * leaf.dtype.itemsize
+
+    def _write_header(self, stream: IO[bytes], leaf: jax.ShapeDtypeStruct) -> None:
+        # numpy leaves room in the header for the first axis to grow.
+        shape = (self.num_draws, *leaf.shape)
+        descr = np.lib.format.dtype_to_descr(np.dtype(leaf.dtype))
+        np.lib.format.write_array_header_1_0(stream, {"descr": descr, "fortran_order": False, "shape": shape})
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Map what `DrawFiles` has written into memory, by name, (chain, draw, *event).
+
+    Raises:
+        InputError: if there is nothing.
+    """
+    files = sorted(path.glob("*.npy"))
+    arrays = {file.stem: _map_draws(file) for file in files}
+    if not arrays:
+        raise InputError(f"{path} holds no draws: give the directory that `sample` was given as checkpoint")
+    # While a run goes on, one file may be a chunk ahead of another.
+    complete = min(array.shape[1] for array in arrays.values())
+    return {name: array[:, :complete] for name, array in arrays.items()}
+
+
+def _map_draws(file: Path, dtype: np.dtype | None = None) -> np.ndarray:
+    array = np.load(file, mmap_mode="r")
+    # .npy has no name for bfloat16 and its kin.
+    return np.swapaxes(array if dtype is None else array.view(dtype), 0, 1)
+
+
+def _file_name(path: tuple) -> str:
+    return re.sub(r"[^\w.-]", "_", jax.tree_util.keystr(path, simple=True, separator="."))
 
 
 def fingerprint(tree: PyTree, *settings: Any) -> str:

@@ -5,11 +5,15 @@ arithmetic itself is `jax.tree.map`, written where it is used.
 """
 
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, PyTree
+
+from slt_interp.noise import standard_normal
 
 Real = Array | np.ndarray | np.generic | float
 """A number, or a real array, of whatever library."""
@@ -55,14 +59,20 @@ def normal_like(key: Key[Array, ""], tree: Params) -> Params:
     >>> {name: leaf.shape for name, leaf in normal_like(jax.random.key(0), {"a": jnp.zeros((2, 3))}).items()}
     {'a': (2, 3)}
     """
-    leaves, structure = jax.tree.flatten(tree)
-    noise = jax.random.normal(key, (dimension(tree),), dtype=jnp.result_type(jnp.float32, *leaves))
-    parts, start = [], 0
-    for leaf in leaves:
-        part = noise[start : start + leaf.size]
-        parts.append(part.reshape(leaf.shape).astype(leaf.dtype))
-        start += leaf.size
-    return structure.unflatten(parts)
+
+    def draw(key: Key[Array, ""], shape: tuple[int], dtype: Any) -> Array:
+        return standard_normal(key, *shape) if dtype == jnp.float32 else jax.random.normal(key, shape, dtype)
+
+    return _draw_like(draw, key, tree)
+
+
+def uniform_like(key: Key[Array, ""], tree: Params) -> Params:
+    """Draw coordinates uniform on [0, 1) in the shape of a pytree, as `normal_like` does.
+
+    >>> uniform_like(jax.random.key(0), {"a": jnp.zeros((2, 3))})["a"].shape
+    (2, 3)
+    """
+    return _draw_like(jax.random.uniform, key, tree)
 
 
 def broadcast(prefix: PyTree[Real], tree: Params) -> PyTree[Real]:
@@ -121,6 +131,17 @@ def check_like(tree: Params, reference: Params, name: str, reference_name: str) 
             f"{name} must have the structure of {reference_name}, but {name} is {jax.tree.structure(tree)} and "
             f"{reference_name} is {jax.tree.structure(reference)}"
         )
+
+
+def _draw_like(draw: Callable[..., Array], key: Key[Array, ""], tree: Params) -> Params:
+    leaves, structure = jax.tree.flatten(tree)
+    flat = draw(key, (dimension(tree),), jnp.result_type(jnp.float32, *leaves))
+    parts, start = [], 0
+    for leaf in leaves:
+        part = flat[start : start + leaf.size]
+        parts.append(part.reshape(leaf.shape).astype(leaf.dtype))
+        start += leaf.size
+    return structure.unflatten(parts)
 
 
 def _accurate(x: Array) -> Array:

@@ -11,10 +11,12 @@ PACKAGE = Path(__file__).parents[1] / "slt_interp"
 
 FLOORS = {
     "errors": 0,
+    "noise": 0,
     "tree": 0,
     "data": 0,
     "taps": 0,
     "storage": 0,
+    "bases": 1,
     "posterior": 1,
     "analytic": 1,
     "models": 1,
@@ -33,7 +35,15 @@ FLOORS = {
 }
 
 # Within floor 0 everything may use the errors and the trees.
-BELOW = {("data", "errors"), ("storage", "errors"), ("taps", "tree"), ("report", "studies")}
+BELOW = {
+    ("data", "errors"),
+    ("tree", "noise"),
+    ("data", "noise"),
+    ("posterior", "bases"),
+    ("storage", "errors"),
+    ("taps", "tree"),
+    ("report", "studies"),
+}
 
 ONLY_ABOVE_FLOOR_4 = {"matplotlib", "jinja2", "tyro", "platformdirs"}
 

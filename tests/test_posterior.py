@@ -3,8 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from slt_interp.bases import Gaussian
 from slt_interp.errors import InputError
-from slt_interp.posterior import Gaussian, LocalPosterior, check_target
+from slt_interp.posterior import LocalPosterior, check_target
 
 CENTER = {"a": jnp.array([1.0, -2.0]), "b": jnp.array([[0.5]])}
 
@@ -83,3 +84,34 @@ def test_what_cannot_be_sampled_gets_one_clear_sentence(kind, target, message):
 def test_start_of_another_structure_is_an_error():
     with pytest.raises(ValueError, match=r"at \['b'\] params has no leaf and center has shape \(1, 1\)"):
         check_target(LocalPosterior(loss_fn, CENTER, 1.0, 1.0), {"a": CENTER["a"]}, None)
+
+
+def test_control_variate_is_unbiased_exact_at_the_center_and_the_gradient_of_what_it_says():
+    data = jax.random.normal(jax.random.key(0), (50, 3))
+
+    def loss_fn(w, batch):
+        return jnp.mean(jnp.tanh(batch @ w) ** 2)
+
+    center, point = jnp.array([0.3, -0.2, 0.5]), jnp.array([0.4, 0.0, 0.3])
+    plain = LocalPosterior(loss_fn, center, 7.0, 2.0)
+    controlled = plain.with_control_variate(data, block_size=16)
+    batches = data.reshape(10, 5, 3)
+    for w in (center, point):
+        values, gradients = jax.vmap(lambda batch, w=w: controlled.value_and_grad(w, batch))(batches)
+        value, gradient = plain.value_and_grad(w, data)
+        np.testing.assert_allclose(values.mean(), value, rtol=1e-5)
+        np.testing.assert_allclose(gradients.mean(axis=0), gradient, rtol=1e-4, atol=1e-5)
+    at_center = jax.vmap(lambda batch: controlled.value_and_grad(center, batch))(batches)
+    np.testing.assert_allclose(at_center[1], np.broadcast_to(plain.value_and_grad(center, data)[1], (10, 3)), atol=1e-5)
+    g = jax.grad(loss_fn)
+    wanted = g(point, batches[0]) - g(center, batches[0]) + g(center, data)
+    got = controlled.value_and_grad(point, batches[0])[1] - plain.base.gradient(point)
+    np.testing.assert_allclose(got, 7.0 * wanted, rtol=1e-4, atol=1e-5)
+
+    def noise(target, t):
+        at = center + t * (point - center)
+        return np.linalg.norm(jax.vmap(lambda batch: target.value_and_grad(at, batch)[1])(batches).std(axis=0))
+
+    # It vanishes at the center and grows in proportion to the distance, to first order.
+    assert noise(controlled, 0.02) < 0.04 * noise(plain, 0.02)
+    np.testing.assert_allclose(noise(controlled, 0.02), 2 * noise(controlled, 0.01), rtol=0.05)

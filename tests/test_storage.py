@@ -1,11 +1,12 @@
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from slt_interp.errors import InputError
-from slt_interp.storage import Checkpoints, fingerprint, open_run, read_run
+from slt_interp.storage import Checkpoints, DrawFiles, fingerprint, open_run, read_arrays, read_run
 
 
 def test_finished_stage_is_read_not_computed_again(tmp_path):
@@ -86,8 +87,36 @@ def test_fingerprint_sees_values_types_structure_and_settings():
 
 
 def test_checkpoints_of_another_run_are_refused(tmp_path):
-    Checkpoints(tmp_path / "c", "one").save(1, {"x": np.arange(3)})
-    with pytest.raises(InputError, match="checkpoints of another run"):
+    checkpoints = Checkpoints(tmp_path / "c", "one")
+    assert checkpoints.restore({"x": 0}) is None
+    for number in (1, 5, 7):
+        checkpoints.save(number, {"x": np.arange(3) + number})
+    with pytest.raises(InputError, match="holds another run"):
         Checkpoints(tmp_path / "c", "two")
-    (restored,) = Checkpoints(tmp_path / "c", "one").restore({"x": 0})
-    np.testing.assert_array_equal(restored["x"], [0, 1, 2])
+    number, restored = Checkpoints(tmp_path / "c", "one").restore({"x": 0})
+    assert number == 7
+    np.testing.assert_array_equal(restored["x"], [7, 8, 9])
+
+
+def test_draw_files_are_valid_at_any_time_and_grow_by_appending(tmp_path):
+    like = {"loss": jax.ShapeDtypeStruct((2,), jnp.float32), "w": {"a": jax.ShapeDtypeStruct((2, 3), jnp.bfloat16)}}
+    rows = {
+        "loss": np.arange(10, dtype=np.float32).reshape(2, 5),
+        "w": {"a": jnp.arange(30.0).reshape(2, 5, 3).astype(jnp.bfloat16)},
+    }
+    rows = jax.tree.map(np.asarray, rows)
+    files = DrawFiles(tmp_path / "d", like, 0)
+    files.append(jax.tree.map(lambda x: x[:, :3], rows))
+    np.testing.assert_array_equal(np.load(tmp_path / "d" / "loss.npy"), rows["loss"][:, :3].T)
+    # A process that died while it wrote: bytes behind the last complete draw mean nothing.
+    with open(tmp_path / "d" / "loss.npy", "ab") as file:
+        file.write(b"torn")
+    np.testing.assert_array_equal(read_arrays(tmp_path / "d")["loss"], rows["loss"][:, :3])
+    files = DrawFiles(tmp_path / "d", like, 2)
+    files.append(jax.tree.map(lambda x: x[:, 2:], rows))
+    for found, wanted in zip(jax.tree.leaves(files.read()), jax.tree.leaves(rows), strict=True):
+        assert isinstance(found, np.memmap)
+        np.testing.assert_array_equal(found, wanted)
+    assert read_arrays(tmp_path / "d").keys() == {"loss", "w.a"}
+    with pytest.raises(InputError, match="holds no draws"):
+        read_arrays(tmp_path / "nowhere")

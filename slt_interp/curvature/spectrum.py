@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
+from slt_interp.bases import Gaussian
 from slt_interp.curvature.gaussian import gaussian_llc, log_ellipsoid_mass
 from slt_interp.curvature.operators import flat_hvp
 from slt_interp.data import Batch, num_examples
 from slt_interp.errors import InputError
-from slt_interp.posterior import Gaussian, LocalPosterior, LossFn, check_target
+from slt_interp.posterior import LocalPosterior, LossFn, check_target
 from slt_interp.tree import Params, check_key, dimension
 
 DENSE_LIMIT = 2000

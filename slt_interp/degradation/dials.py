@@ -11,11 +11,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key, PyTree
 
+from slt_interp.bases import Gaussian
 from slt_interp.data import Minibatches, num_examples
 from slt_interp.estimators.calibration import settled_step_size
 from slt_interp.estimators.llc import LLCEstimate, llc, mean_loss
-from slt_interp.posterior import Gaussian, LocalPosterior, LossFn
-from slt_interp.samplers.chains import chain_mesh, keep_params, sample
+from slt_interp.posterior import LocalPosterior, LossFn
+from slt_interp.samplers.chains import chain_mesh, sample
+from slt_interp.samplers.draws import keep_params
 from slt_interp.samplers.sgld import SGLD
 from slt_interp.taps import Tap, no_tap
 from slt_interp.tree import Params

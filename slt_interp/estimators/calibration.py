@@ -13,7 +13,7 @@ from slt_interp.errors import InputError
 from slt_interp.posterior import LocalPosterior
 from slt_interp.samplers.chains import sample
 from slt_interp.samplers.sgld import SGLD
-from slt_interp.tree import Params, Real, broadcast, dot, norm, normal_like
+from slt_interp.tree import Params, Real, dot, norm, normal_like
 
 
 def customary_nbeta(num_examples: int | None) -> float:
@@ -123,8 +123,7 @@ def _largest_step(
     nbeta = float(target.nbeta)
     # On one batch, so that its noise drops out of the difference.
     energy = nbeta * float(losses[1:][away].mean() - losses[0])
-    scales = jax.tree.map(lambda w, s: jnp.broadcast_to(s, w.shape), params, broadcast(target.base.scale, params))
-    precisions = target.restrict(jax.tree.map(lambda s: s**-2.0, scales))
+    precisions = target.restrict(jax.tree.map(lambda v: 1 / v, target.base.variance(target.position(params))))
     stiffness = max(float(jnp.max(x)) for x in jax.tree.leaves(precisions))
     stiffest = nbeta * max(curvatures[0], curvatures[1:][away].mean()) + stiffness
     added_per_step = nbeta * max(traces[0], traces[1:][away].mean()) / 8
@@ -142,9 +141,11 @@ def _measure_curvature(
 
     Over the sampled coordinates only. The eigenvalue is a power iteration's, a lower bound.
     """
-    start_key, trace_key = jax.random.split(key)
 
-    def one(point: Params) -> tuple[Array, Array, Array]:
+    def one(arguments: tuple[Key[Array, ""], Params]) -> tuple[Array, Array, Array]:
+        key, point = arguments
+        start_key, trace_key = jax.random.split(key)
+
         def product(vector: Params) -> Params:
             return target.restrict(hvp(target.loss, point, batch, vector))
 
@@ -163,4 +164,4 @@ def _measure_curvature(
         trace = jnp.mean(jax.lax.map(probe, jax.random.split(trace_key, _TRACE_PROBES)))
         return target.loss(point, batch), largest, trace
 
-    return jax.lax.map(one, points)
+    return jax.lax.map(one, (jax.random.split(key, jax.tree.leaves(points)[0].shape[0]), points))

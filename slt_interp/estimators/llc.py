@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, PyTree
 
-from slt_interp.data import Batch, FullBatch, Minibatches, num_examples
+from slt_interp.data import Batch, FullBatch, Minibatches, map_blocks, num_examples
 from slt_interp.errors import InputError
 from slt_interp.estimators.calibration import customary_nbeta, predicted_step_bias, settled_step_size
 from slt_interp.posterior import LocalPosterior, LossFn, check_target
-from slt_interp.samplers.chains import Draws, chain_mesh, sample
-from slt_interp.samplers.diagnostics import MIN_DRAWS, drift, effective_sample_size, split_rhat, std_error
+from slt_interp.samplers.chains import chain_mesh, sample
+from slt_interp.samplers.diagnostics import MIN_DRAWS, bulk_ess, drift, effective_sample_size, split_rhat, std_error, tail_ess
+from slt_interp.samplers.draws import Draws, stability_warning
 from slt_interp.samplers.kernel import Kernel
 from slt_interp.samplers.sgld import SGLD
 from slt_interp.tree import Params, check_key
@@ -30,6 +31,7 @@ DO_NOT_TRUST = "do not trust"
 
 _MAX_FULL_BATCH = 8192
 _BATCH_SIZE = 512
+_PILOT_STEPS = 50
 _MAX_DRAWS = 1000
 
 
@@ -49,7 +51,8 @@ class LLCEstimate:
         rhat: split R-hat of the loss.
         status: "ok", "flat directions not equilibrated" (only distances disagree) or "do not trust".
         warnings: every reason for doubt, with the knob to turn.
-        diagnostics: numbers behind the warnings; `virial` should be 1, and is the sum of its two parts.
+        diagnostics: numbers behind the warnings; `virial` should be 1, is the sum of its two parts,
+            and NaN for bounded base measures.
     """
 
     llc: float
@@ -98,7 +101,9 @@ def llc(draws: Draws, init_loss: float, *, init_loss_std_error: float = 0.0) -> 
     energy = nbeta * (draws.loss[finite].astype(np.float64) - init_loss)
     info = jax.tree.map(lambda x: np.asarray(x)[finite].astype(np.float64), draws.info)
     dimension = float(target.dimension())
-    virial, virial_localization = info.virial / dimension, info.virial_localization / dimension
+    # The identity behind it has no such simple form where draws meet a wall.
+    known = np.nan if target.base.is_bounded else 1.0
+    virial, virial_localization = known * info.virial / dimension, known * info.virial_localization / dimension
     change, change_error = drift(energy)
     estimate = {
         "llc": float(energy.mean()),
@@ -109,17 +114,23 @@ def llc(draws: Draws, init_loss: float, *, init_loss_std_error: float = 0.0) -> 
     diagnostics = {
         "num_chains_used": int(finite.sum()),
         "num_chains": len(finite),
-        "gradients_per_chain": draws.num_gradients,
+        "gradients_per_chain": float(np.mean(draws.num_gradients)),
         "virial": float(virial.mean()),
         "virial_std_error": std_error(virial),
         "virial_loss": float((virial - virial_localization).mean()),
         "virial_localization": float(virial_localization.mean()),
         "drift": change,
         "drift_std_error": change_error,
+        "ess_bulk": bulk_ess(energy),
+        "ess_tail": tail_ess(energy),
         "rhat_squared_distance": split_rhat(info.squared_distance),
         "rms_distance": float(np.sqrt(info.squared_distance.mean())),
     }
+    if info.acceptance is not None:
+        diagnostics["acceptance"] = float(info.acceptance.mean())
     severe, soft = _judge(estimate, diagnostics)
+    if limit := stability_warning(draws.kernel, draws.stiffness):
+        severe.insert(0, limit)
     return LLCEstimate(
         **estimate,
         per_chain=energy.mean(axis=1),
@@ -150,15 +161,10 @@ def mean_loss(loss_fn: LossFn, params: Params, data: Batch, *, block_size: int =
         return float(loss_fn(params, None)), float("nan")
     count = num_examples(data)
     size = min(block_size, max(1, count // 64))
-    whole = count // size
-    head = jax.tree.map(lambda x: jnp.asarray(x)[: whole * size].reshape(whole, size, *x.shape[1:]), data)
-    losses = np.asarray(_block_losses(loss_fn, params, head), np.float64)
-    total = losses.mean()
-    if rest := count - whole * size:
-        tail = jax.tree.map(lambda x: jnp.asarray(x)[None, -rest:], data)
-        total = (losses.sum() * size + float(_block_losses(loss_fn, params, tail)[0]) * rest) / count
-    error = losses.std(ddof=1) / np.sqrt(whole) if whole > 1 else float("nan")
-    return float(total), float(error)
+    losses, counts = (np.asarray(x, np.float64) for x in _block_losses(loss_fn, params, data, size))
+    groups = losses[counts == size]
+    error = groups.std(ddof=1) / np.sqrt(len(groups)) if len(groups) > 1 else float("nan")
+    return float(np.average(losses, weights=counts)), float(error)
 
 
 def estimate_llc(
@@ -189,7 +195,8 @@ def estimate_llc(
             step from the curvature around `params`.
         mask: which coordinates are sampled; see `LocalPosterior`.
         num_chains: independent chains.
-        max_gradients: gradients per chain, 6,000 by default; a quarter of them is dropped as burn-in.
+        max_gradients: gradients per chain, 6,000 by default; a quarter of them is dropped, half as warm-up and half as
+            burn-in. Kernels that take several per step spend a few more to find out how many.
         progress: whether to show a progress bar.
 
     Returns:
@@ -215,35 +222,36 @@ def estimate_llc(
     if budget < 1:
         raise InputError(f"max_gradients must be at least 1, but is {max_gradients}: 6000 is the default")
     target = LocalPosterior(loss_fn, params, nbeta, 1.0 if localization is None else localization, mask)
-    full = count is None or count <= _MAX_FULL_BATCH
-    batches = FullBatch(data) if full else Minibatches(data, _BATCH_SIZE)
     chain_key, step_key, bias_key, batch_key = jax.random.split(key, 4)
     check_target(target, params, data)
-    if kernel is None:
-        step_size = settled_step_size(step_key, target, params, batches)
-        chosen: Kernel = SGLD(target, step_size)
-    else:
-        chosen = kernel(target)
-    num_draws = min(_MAX_DRAWS, budget - budget // 4)
-    thinning = (budget - budget // 4) // num_draws
-    draws = sample(
-        chain_key,
-        chosen,
-        params,
-        batches,
-        num_chains=num_chains,
-        num_draws=num_draws,
-        num_burnin=budget - num_draws * thinning,
-        thinning=thinning,
-        mesh=chain_mesh(num_chains),
-        progress=progress,
+    chosen: Kernel | None = None if kernel is None else kernel(target)
+    full = count is None or count <= _MAX_FULL_BATCH or (chosen is not None and chosen.full_batch)
+    batches = FullBatch(data) if full else Minibatches(data, _BATCH_SIZE)
+    if chosen is None:
+        chosen = SGLD(target, settled_step_size(step_key, target, params, batches))
+    run = functools.partial(
+        sample, chain_key, chosen, params, batches, num_chains=num_chains, mesh=chain_mesh(num_chains), progress=progress
+    )
+    steps = budget
+    if chosen.full_batch:
+        # Some take many gradients per step, and NUTS as many as it likes.
+        pilot = run(num_draws=1, num_warmup=_PILOT_STEPS)
+        steps = max(1, int(budget * (_PILOT_STEPS + 1) / np.mean(pilot.num_gradients)))
+    num_draws = min(_MAX_DRAWS, steps - steps // 4)
+    thinning = (steps - steps // 4) // num_draws
+    num_warmup = steps // 8
+    draws = run(
+        num_draws=num_draws, num_warmup=num_warmup, num_burnin=steps - num_draws * thinning - num_warmup, thinning=thinning
     )
     init_loss, _ = mean_loss(loss_fn, params, data)
     estimate = llc(draws, init_loss)
-    if not isinstance(chosen, SGLD):
+    if not isinstance(chosen, SGLD) or chosen.leimkuhler_matthews:
         return estimate
     finite = jax.tree.map(lambda x: x[np.flatnonzero(draws.is_finite)], draws.state.params)
-    return _with_step_bias(estimate, predicted_step_bias(bias_key, target, chosen.step_size, finite, batches(batch_key)))
+    made = num_draws * thinning
+    steps_of_draws = jax.vmap(chosen.step_size_at)(jnp.arange(steps - made, steps))
+    step_size = float(jnp.mean(steps_of_draws))
+    return _with_step_bias(estimate, predicted_step_bias(bias_key, target, step_size, finite, batches(batch_key)))
 
 
 def _with_step_bias(estimate: LLCEstimate, bias: float) -> LLCEstimate:
@@ -264,9 +272,9 @@ def _with_step_bias(estimate: LLCEstimate, bias: float) -> LLCEstimate:
     )
 
 
-@functools.partial(jax.jit, static_argnames=("loss_fn",))
-def _block_losses(loss_fn: LossFn, params: Params, blocks: Batch) -> Float[Array, " block"]:
-    return jax.lax.map(lambda block: loss_fn(params, block), blocks)
+@functools.partial(jax.jit, static_argnames=("loss_fn", "size"))
+def _block_losses(loss_fn: LossFn, params: Params, data: Batch, size: int) -> tuple[Array, Array]:
+    return map_blocks(lambda block: loss_fn(params, block), data, size)
 
 
 def _judge(estimate: dict[str, float], diagnostics: dict[str, Any]) -> tuple[list[str], list[str]]:
@@ -284,9 +292,10 @@ def _judge(estimate: dict[str, float], diagnostics: dict[str, Any]) -> tuple[lis
             "minimum; polish the weights, or raise the localization"
         )
     virial, virial_error = diagnostics["virial"], diagnostics["virial_std_error"]
-    if not virial_error < _VIRIAL_TOLERANCE:
+    is_known = not np.isnan(virial)
+    if is_known and not virial_error < _VIRIAL_TOLERANCE:
         severe.append(f"the virial ratio, {virial:.3f} +- {virial_error:.2g}, is too uncertain to tell anything: run longer")
-    elif abs(virial - 1) > _VIRIAL_TOLERANCE:
+    elif is_known and abs(virial - 1) > _VIRIAL_TOLERANCE:
         cause = (
             "flat directions have not spread as far as the localization lets them: run longer or raise the localization"
             if virial < 1

@@ -1,7 +1,7 @@
 """Convergence diagnostics of scalar series with axes (chain, draw).
 
-ESS and split R-hat are numpyro's; this file guards the two cases they do not: series that never vary, and ones too
-short to tell.
+ESS and split R-hat are numpyro's; this file adds rank normalization, and guards the two cases they do not: series that never
+vary, and ones too short to tell.
 """
 
 import numpy as np
@@ -24,6 +24,28 @@ def effective_sample_size(series: Series) -> float:
     from numpyro.diagnostics import effective_sample_size as ess
 
     return float(ess(series))
+
+
+def bulk_ess(series: Series) -> float:
+    """Effective sample size of the rank-normalized series over half chains: for the center (Vehtari et al. 2021, section 4).
+
+    NaN if the series does not vary or its halves are shorter than `MIN_DRAWS`.
+    """
+    from scipy.special import ndtri
+    from scipy.stats import rankdata
+
+    halves = _halves(series)
+    ranks = rankdata(halves).reshape(halves.shape)
+    return effective_sample_size(ndtri((ranks - 3 / 8) / (halves.size + 1 / 4)))
+
+
+def tail_ess(series: Series) -> float:
+    """Effective sample size for the 5 % and 95 % quantiles, the smaller of the two (Vehtari et al. 2021, section 4).
+
+    NaN if the series does not vary or its halves are shorter than `MIN_DRAWS`.
+    """
+    halves = _halves(series)
+    return min(effective_sample_size(halves <= np.quantile(halves, q)) for q in (0.05, 0.95))
 
 
 def split_rhat(series: Series) -> float:
@@ -69,3 +91,10 @@ def drift(series: Series) -> tuple[float, float]:
     if series.shape[0] > 1:
         return float(change.mean()), float(change.std(ddof=1) / np.sqrt(len(change)))
     return float(change[0]), float(np.hypot(std_error(first), std_error(second)))
+
+
+def _halves(series: Series) -> Series:
+    """Cut every chain in two of equal length, leaving out a middle draw."""
+    series = np.asarray(series, dtype=np.float64)
+    half = series.shape[1] // 2
+    return np.concatenate([series[:, :half], series[:, series.shape[1] - half :]])

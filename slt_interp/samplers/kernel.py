@@ -5,18 +5,22 @@ pure. It is passed to jitted code as an argument, so another nbeta, center or st
 whose leaves carry a leading axis is a ladder. What adapts lives in the state; `step` never adapts.
 """
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
 from slt_interp.data import Batch
 from slt_interp.posterior import LocalPosterior
-from slt_interp.tree import Params, Real, dot
+from slt_interp.tree import Params, dot
 
 
 class Info(NamedTuple):
-    """What a diagnosis needs of one step. All of it belongs to the state that was handed to `step`.
+    """What a diagnosis needs of one step.
+
+    All of it belongs to the state that was handed to `step`; `MALA` and `HMC` average it over the points of the step's
+    trajectory, with the probabilities of going there: the same expectation, with less noise.
 
     Attributes:
         loss: loss on the step's batch, nats per example.
@@ -24,7 +28,11 @@ class Info(NamedTuple):
         squared_distance: |w - w*|^2 over the sampled coordinates.
         virial: (w - w*) . grad U; its mean at stationarity is the number of sampled coordinates, whatever U.
         virial_localization: the part of `virial` that the base measure contributes.
-        is_finite: whether loss and gradient are finite.
+        stiffness: |grad U|^2 / virial in the kernel's metric, a mean of the curvatures of U, wherever the chain is thirty
+            times hotter than it should be (virial above thirty times its mean), and 0 elsewhere. A chain that diverges
+            runs along the stiffest direction, whose curvature this then is. Of a draw's steps, the first non-zero one.
+        num_gradients: gradients that the step took.
+        is_finite: whether loss and gradient were finite.
         acceptance: Metropolis acceptance probability; None for unadjusted kernels.
     """
 
@@ -33,6 +41,8 @@ class Info(NamedTuple):
     squared_distance: Float[Array, ""]
     virial: Float[Array, ""]
     virial_localization: Float[Array, ""]
+    stiffness: Float[Array, ""]
+    num_gradients: Float[Array, ""]
     is_finite: Bool[Array, ""]
     acceptance: Float[Array, ""] | None = None
 
@@ -40,13 +50,16 @@ class Info(NamedTuple):
 class Kernel(Protocol):
     """What `sample` needs of a kernel; `state.params` is the position."""
 
+    full_batch: ClassVar[bool]
+    """Whether every step must see the same data, as a Metropolis test does."""
+
     @property
     def target(self) -> LocalPosterior:
         """The distribution that is sampled."""
         ...
 
     @property
-    def step_size(self) -> Real:
+    def step_size(self) -> Any:
         """How far a step goes; each kernel says in what sense."""
         ...
 
@@ -55,7 +68,7 @@ class Kernel(Protocol):
         ...
 
     def adapt(self, key: Key[Array, ""], state: Any, batch: Batch) -> tuple[Any, Info]:
-        """Make one transition that may change what adapts."""
+        """Make one transition that may change what adapts; `adapt = step` where nothing does."""
         ...
 
     def step(self, key: Key[Array, ""], state: Any, batch: Batch) -> tuple[Any, Info]:
@@ -63,15 +76,25 @@ class Kernel(Protocol):
         ...
 
 
-def inspect(target: LocalPosterior, params: Params, loss: Float[Array, ""], gradient: Params) -> Info:
-    """Measure a state from the loss and the gradient of the potential there."""
+def inspect(
+    target: LocalPosterior, params: Params, loss: Float[Array, ""], gradient: Params, metric: Params | None = None
+) -> Info:
+    """Measure a state from the loss and the gradient of the potential there; `metric` is the kernel's, if it has one."""
     displacement = target.restrict(target.displacement(params))
-    grad_norm = jnp.sqrt(dot(gradient, gradient))
+    virial, squared_force = dot(displacement, gradient), dot(gradient, gradient)
+    felt = squared_force if metric is None else dot(gradient, jax.tree.map(jnp.multiply, metric, gradient))
+    is_hot = virial > _HOT * jnp.asarray(target.dimension())
+    grad_norm = jnp.sqrt(squared_force)
     return Info(
         loss=loss,
         grad_norm=grad_norm,
         squared_distance=dot(displacement, displacement),
-        virial=dot(displacement, gradient),
+        virial=virial,
         virial_localization=dot(displacement, target.base.gradient(params)),
+        stiffness=jnp.where(is_hot, felt / jnp.where(is_hot, virial, 1.0), 0.0),
+        num_gradients=jnp.ones(()),
         is_finite=jnp.isfinite(loss) & jnp.isfinite(grad_norm),
     )
+
+
+_HOT = 30

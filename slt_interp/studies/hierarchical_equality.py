@@ -20,6 +20,7 @@ import optax
 from jaxtyping import Array, Float
 from tqdm.auto import tqdm
 
+from slt_interp.bases import Gaussian
 from slt_interp.curvature.spectrum import Spectrum, estimate_spectrum
 from slt_interp.data import Counterfactuals, FullBatch
 from slt_interp.degradation.dials import Degraded, TemperedPosterior, WeightNoise
@@ -28,7 +29,7 @@ from slt_interp.errors import InputError
 from slt_interp.estimators.calibration import customary_nbeta, settled_step_size
 from slt_interp.estimators.llc import LLCEstimate, llc, mean_loss
 from slt_interp.models.mlp import MLP
-from slt_interp.posterior import Gaussian, LocalPosterior
+from slt_interp.posterior import LocalPosterior
 from slt_interp.probes.alignment import fit_alignment, random_rotations
 from slt_interp.probes.draws import over_draws
 from slt_interp.probes.interchange import Alignment, InterchangeProbe

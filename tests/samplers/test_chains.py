@@ -1,19 +1,26 @@
 """`sample`: the same numbers whatever the host loop does."""
 
 import functools
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import equinox as eqx
 import flax.linen as linen
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
-from slt_interp import SGLD, FullBatch, LocalPosterior, Minibatches, keep_params, llc, sample
+from slt_interp import SGHMC, SGLD, FullBatch, LocalPosterior, Minibatches, keep_params, llc, read_draws, sample
 from slt_interp.errors import InputError
-from slt_interp.samplers.chains import advance, chain_mesh, keep_nothing
+from slt_interp.samplers.advance import advance
+from slt_interp.samplers.chains import chain_mesh
 from slt_interp.samplers.diagnostics import std_error
+from slt_interp.samplers.draws import keep_nothing, stability_warning
 
 DATA = {"x": jax.random.normal(jax.random.key(1), (60, 3)), "y": jax.random.normal(jax.random.key(2), (60,))}
 PARAMS = {"bias": jnp.zeros(1), "kernel": jnp.ones((3, 1))}
@@ -119,6 +126,187 @@ def test_loss_is_averaged_over_the_steps_of_a_draw(key):
     np.testing.assert_array_equal(fine.collected["kernel"][:, 4::5], coarse.collected["kernel"])
 
 
+@pytest.mark.parametrize("chunk_size", [3, 40, 1000])
+def test_precision_stops_a_run_at_the_same_draw_whatever_the_chunks(key, chunk_size, tmp_path):
+    settings = {"num_draws": 400, "num_burnin": 50, "batches": FullBatch(DATA), "thinning": 1}
+    whole = run(key, **settings)
+    precision = 1.001 * std_error(whole.loss[:, :200])
+    reached = [n for n in range(40, 400, 40) if std_error(whole.loss[:, :n]) <= precision]
+    early = run(key, **settings, precision=precision, check_every=40, chunk_size=chunk_size)
+    assert early.loss.shape == (4, reached[0])
+    np.testing.assert_array_equal(early.loss, whole.loss[:, : reached[0]])
+    if chunk_size == 40:
+        settings |= {"precision": precision, "check_every": 40, "checkpoint": tmp_path / "run"}
+        run(key, **settings | {"num_draws": 60})
+        again = run(key, **settings)
+        assert_same(again, early)
+        assert_same(run(key, **settings), early)
+
+
+def test_collect_takes_arrays_as_arguments_and_compiles_once(key):
+    def losses_on(data, state, info):
+        del info
+        return jax.vmap(lambda x, y: loss_fn(state.params, {"x": x[None], "y": y[None]}))(data["x"], data["y"])
+
+    subset = jax.tree.map(lambda x: x[:7], DATA)
+    draws = run(key, collect=jax.tree_util.Partial(losses_on, subset), thinning=1, batches=FullBatch(subset))
+    assert draws.collected.shape == (4, 30, 7)
+    np.testing.assert_allclose(draws.collected.mean(axis=2), draws.loss, rtol=1e-5)
+    before = advance._cache_size()
+    other = jax.tree.map(lambda x: -x[:7], DATA)
+    again = run(key, collect=jax.tree_util.Partial(losses_on, other), thinning=1, batches=FullBatch(subset))
+    assert advance._cache_size() == before
+    assert not np.array_equal(draws.collected, again.collected)
+
+
+FULL_DISK = """
+import resource, sys
+sys.path.insert(0, sys.argv[1])
+import jax
+from tests.samplers.test_chains import PARAMS, run
+# Every file may have 8,000 bytes: room for the states, and for 60 draws of the kernel's 96 bytes.
+run(jax.random.key(0), num_draws=4, chunk_size=4, checkpoint=sys.argv[2])
+resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))
+try:
+    run(jax.random.key(0), num_draws=200, chunk_size=4, checkpoint=sys.argv[2])
+except OSError as error:
+    print(error)
+"""
+
+
+@pytest.mark.slow
+def test_full_disk_stops_the_run_with_what_is_there_intact(key, tmp_path):
+    root = str(Path(__file__).parents[2])
+    child = subprocess.run([sys.executable, "-c", FULL_DISK, root, str(tmp_path)], capture_output=True, text=True, check=True)
+    safe = re.search(r"cannot write to .* the first (\d+) draws per chain are safe there; make room and repeat", child.stdout)
+    assert safe, child.stdout + child.stderr
+    there = read_draws(tmp_path)
+    assert {x.shape[1] for x in there.values()} >= {int(safe[1])}
+    whole = run(key, num_draws=200, chunk_size=4)
+    np.testing.assert_array_equal(there["0.loss"], whole.loss[:, : there["0.loss"].shape[1]])
+    assert_same(whole, run(key, num_draws=200, chunk_size=4, checkpoint=tmp_path))
+
+
+MEMORY = """
+import resource, sys
+import jax, jax.numpy as jnp
+import slt_interp as slt
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+def loss_fn(w, batch):
+    return 0.5 * jnp.mean(w**2)
+
+def go(num_draws, thinning, chunk_size, size, checkpoint=None):
+    w = jnp.zeros(size)
+    kernel = slt.SGLD(slt.LocalPosterior(loss_fn, w, 1.0, 1.0), 0.1)
+    collect = {"collect": slt.keep_params} if checkpoint else {}
+    slt.sample(jax.random.key(0), kernel, w, slt.FullBatch(None), num_chains=2, num_draws=num_draws, thinning=thinning,
+               chunk_size=chunk_size, progress=False, checkpoint=checkpoint, **collect)
+
+if sys.argv[1] == "steps":
+    go(1000, 1, 1000, 2)
+    before = peak()
+    go(1000, 1000, 1000, 2)      # a million steps, 1000 draws
+    thinned = peak()
+    go(200_000, 5, 1000, 2)      # a million steps, 200,000 draws of 8 scalars in 2 chains
+    print(before, thinned, peak())
+else:
+    go(40, 1, 20, 200_000, sys.argv[2] + "/few")
+    before = peak()
+    go(800, 1, 20, 200_000, sys.argv[2] + "/many")
+    print(before, peak())
+"""
+
+
+@pytest.mark.slow
+def test_a_million_steps_take_memory_for_the_scalars_only():
+    out = subprocess.run([sys.executable, "-c", MEMORY, "steps"], capture_output=True, text=True, check=True).stdout
+    before, thinned, kept = map(float, out.split())
+    assert thinned - before < 10, "MiB: constant but for the allocator's slack"
+    scalars = 200_000 * 2 * (7 * 4 + 1) / 2**20
+    assert kept - thinned < 1.1 * scalars + 10
+
+
+@pytest.mark.slow
+def test_streamed_weights_take_memory_for_two_chunks(tmp_path):
+    out = subprocess.run(
+        [sys.executable, "-c", MEMORY, "weights", str(tmp_path)], capture_output=True, text=True, check=True
+    ).stdout
+    before, after = map(float, out.split())
+    chunk = 20 * 2 * 200_000 * 4 / 2**20
+    assert np.load(tmp_path / "many" / "draws" / "1.npy", mmap_mode="r").nbytes / 2**20 == pytest.approx(40 * chunk)
+    # The short run has had its two chunks already; the long one, of 40, may add the allocator's slack.
+    assert after - before < 2 * chunk
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        SGLD,
+        *(
+            pytest.param(kernel, marks=pytest.mark.slow)
+            for kernel in (SGHMC, functools.partial(SGLD, leimkuhler_matthews=True))
+        ),
+    ],
+)
+def test_step_above_the_stability_limit_is_named_with_the_limit(key, build):
+    """The largest curvature of the potential is 30 * 4 + 2 = 122: the limit is 4 / 122 = .0328."""
+    curvatures = jnp.array([4.0, 1.0, 0.0])
+
+    def quadratic(w, batch):
+        return 0.5 * jnp.sum(curvatures * w**2) + (0.0 if batch is None else jnp.sum(batch["x"].mean(axis=0) * w))
+
+    w = jnp.zeros(3)
+    target = LocalPosterior(quadratic, w, 30.0, 2.0)
+    settings = {"num_chains": 4, "num_draws": 50, "thinning": 10, "progress": False}
+    for batches in (FullBatch(None), Minibatches(DATA, 8)):
+        with pytest.raises(InputError, match=r"all 4 chains became non-finite: step_size 0.05 is above the limit") as caught:
+            sample(key, build(target, 0.05), w, batches, **settings)
+        limit = float(re.search(r"= ([\d.e-]+), as the chains' own", str(caught.value))[1])
+        # Seen at 30 times the heat: other directions have a share of 2 / 30 at most, and gradient noise of variance
+        # v = 30^2 / 8 in each component adds about v / 30 = 4 to the curvature, and scatter.
+        assert (0.999 if batches.data is None else 122 / (122 + 4 * 4)) * 4 / 122 <= limit < 1.1 * 4 / 122
+        stable = sample(key, build(target, 0.03), w, batches, **settings)
+        assert stable.is_finite.all()
+        assert stability_warning(build(target, 0.03), stable.stiffness) is None
+
+
+def test_hot_chain_that_never_overflows_is_named_too(key):
+    curvatures, w = jnp.array([4.0, 1.0, 0.0]), jnp.zeros(3)
+    saturating = LocalPosterior(lambda w, batch: jnp.sum(4 * (jnp.sqrt(1 + curvatures * w**2) - 1)), w, 30.0, 2.0)
+    hot = sample(key, SGLD(saturating, 0.02), w, FullBatch(None), num_chains=4, num_draws=50, thinning=10, progress=False)
+    assert hot.is_finite.all()
+    assert any("above the limit of stability" in warning for warning in llc(hot, 0.0).warnings)
+
+
+def test_schedule_is_followed_step_by_step(key):
+    schedule = optax.exponential_decay(1e-3, transition_steps=5, decay_rate=0.5)
+    target = LocalPosterior(loss_fn, PARAMS, 20.0, 2.0)
+    settings = {"num_chains": 2, "num_draws": 12, "collect": keep_params, "progress": False, "num_warmup": 2, "num_burnin": 1}
+    draws = sample(key, SGLD(target, schedule), PARAMS, FullBatch(DATA), **settings)
+    for t in (0, 4, 11):
+        fixed = SGLD(target, float(schedule(3 + t)))
+        before = jax.tree.map(lambda x, t=t: x[0, t], draws.collected)
+        if t < 11:
+            after = jax.tree.map(lambda x, t=t: x[0, t + 1], draws.collected)
+            step_key = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, 0), 3 + t))[1]
+            made = jax.jit(lambda kernel, w, key: kernel.step(key, kernel.init(key, w, None), DATA)[0].params)(
+                fixed, before, step_key
+            )
+            np.testing.assert_allclose(made["kernel"], after["kernel"], rtol=1e-5)
+
+
+def test_xarray_and_arviz_read_the_draws(key):
+    draws = run(key, num_draws=50)
+    dataset = draws.to_xarray()
+    assert dataset["collected.kernel"].dims == ("chain", "draw", "collected.kernel_dim_0", "collected.kernel_dim_1")
+    np.testing.assert_array_equal(dataset["loss"], draws.loss)
+    assert dataset.attrs == {"num_warmup": 0, "num_burnin": 7, "thinning": 3}
+    assert "acceptance" not in dataset
+
+
 def test_other_nbeta_step_size_and_counts_compile_nothing(key):
     traces = []
 
@@ -133,7 +321,7 @@ def test_other_nbeta_step_size_and_counts_compile_nothing(key):
     compiled = advance._cache_size()
     assert compiled == before + 1
     kernel = SGLD(LocalPosterior(counting, PARAMS, 3.0, 1.0), 2e-4)
-    settings = {"num_chains": 4, "collect": keep_params, "progress": False, "chunk_size": 2}
+    settings = {"num_chains": 4, "collect": keep_params, "progress": False, "chunk_size": 3}
     sample(key, kernel, PARAMS, Minibatches(DATA, 16), num_draws=8, num_burnin=50, thinning=2, **settings)
     assert (len(traces), advance._cache_size()) == (first, compiled)
 
@@ -209,7 +397,7 @@ def test_non_finite_chain_is_marked_reported_and_left_out(key):
 
 def test_no_finite_chain_is_an_error_that_names_the_step_size(key):
     kernel = SGLD(LocalPosterior(lambda p, b: jnp.sum(p["kernel"] ** 4), PARAMS, 1.0, 1.0), 10.0)
-    with pytest.raises(InputError, match=r"all 4 chains became non-finite: take a smaller step_size \(now 10"):
+    with pytest.raises(InputError, match=r"all 4 chains became non-finite: step_size 10 is above the limit of stability, 4 / "):
         sample(key, kernel, PARAMS, FullBatch(None), num_chains=4, num_draws=100, progress=False)
 
 

@@ -1,7 +1,9 @@
+import warnings
+
 import numpy as np
 import pytest
 
-from slt_interp.samplers.diagnostics import drift, effective_sample_size, split_rhat, std_error
+from slt_interp.samplers.diagnostics import bulk_ess, drift, effective_sample_size, split_rhat, std_error, tail_ess
 
 
 def ar1(correlation, chains=8, draws=4000, seed=0):
@@ -52,3 +54,17 @@ def test_constant_and_short_series_give_no_false_comfort():
     assert np.isnan(split_rhat(constant))
     short = np.random.default_rng(0).normal(size=(1, 3))
     assert np.isnan(std_error(short))
+
+
+@pytest.mark.parametrize("correlation", [0.0, 0.7])
+def test_bulk_and_tail_ess_are_arviz_s(correlation):
+    """An independent implementation; the two differ in where they truncate the autocorrelations, by a few percent."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # arviz announces its next version on import
+        import arviz
+    for series in (ar1(correlation, draws=1001), np.exp(3 * ar1(correlation, draws=1000, seed=1))):
+        assert bulk_ess(series) == pytest.approx(float(arviz.ess(series, method="bulk")), rel=0.05)
+        assert tail_ess(series) == pytest.approx(float(arviz.ess(series, method="tail")), rel=0.05)
+    # Heavy tails do not fool ranks: the log-normal series has the same bulk as its logarithm.
+    assert bulk_ess(series) == pytest.approx(bulk_ess(np.log(series)))
+    assert np.isnan(bulk_ess(np.ones((4, 100))))

@@ -1,0 +1,220 @@
+"""Base measures: what a local posterior is when the loss says nothing.
+
+A base measure has a density exp(-potential), exact draws, a variance that sets the scale of its coordinates, and a way of
+moving inside it: bounded ones (`Box`, `Ball`) reflect a straight path at their walls. Metropolis kernels need no
+reflection, since the potential outside is infinite. Center, scale, low, high and radius are scalars or pytrees like the
+parameters.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key, PyTree
+
+from slt_interp.tree import Params, Real, broadcast, dimension, dot, normal_like, uniform_like
+
+
+class Base(Protocol):
+    """What a target needs of its base measure."""
+
+    is_bounded: ClassVar[bool]
+
+    def potential(self, params: Params) -> Float[Array, ""]:
+        """Minus the log density in nats, up to a constant; infinite outside a bounded base."""
+        ...
+
+    def gradient(self, params: Params) -> Params:
+        """Gradient of `potential` inside."""
+        ...
+
+    def variance(self, like: Params) -> Params:
+        """Variance of each coordinate, in the structure of `like`."""
+        ...
+
+    def sample(self, key: Key[Array, ""], like: Params) -> Params:
+        """Draw one point exactly, in the structure and dtypes of `like`."""
+        ...
+
+    def move(self, params: Params, velocity: Params, time: Real, metric: Params) -> tuple[Params, Params]:
+        """Go from `params` along `velocity` for `time`, off the walls: the new position and the velocity there.
+
+        `metric` is the diagonal of the velocity's covariance, up to a factor: a reflection that preserves it keeps both the
+        base measure and the law of Gaussian velocities.
+        """
+        ...
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["center", "scale"], meta_fields=[])
+@dataclass(frozen=True)
+class Gaussian:
+    """The base measure N(center, scale^2) with independent coordinates.
+
+    `center` and `scale` (a standard deviation, in units of the weights) are scalars or pytrees like the parameters.
+
+    >>> base = Gaussian(center=jnp.zeros(3), scale=2.0)
+    >>> float(base.potential(jnp.array([2.0, 0.0, 2.0])))
+    1.0
+    """
+
+    center: PyTree[Real]
+    scale: PyTree[Real]
+    is_bounded: ClassVar[bool] = False
+
+    def potential(self, params: Params) -> Float[Array, ""]:
+        """Minus the log density in nats, up to a constant: 1/2 sum ((w - center) / scale)^2."""
+        standard = _map(lambda w, c, s: (w - c) / s, params, self.center, self.scale)
+        return 0.5 * dot(standard, standard)
+
+    def gradient(self, params: Params) -> Params:
+        """Gradient of `potential`: (w - center) / scale^2."""
+        return _map(lambda w, c, s: (w - c) / s**2, params, self.center, self.scale)
+
+    def variance(self, like: Params) -> Params:
+        """Variance of each coordinate: scale^2."""
+        return _map(lambda w, s: jnp.full_like(w, jnp.asarray(s) ** 2), like, self.scale)
+
+    def sample(self, key: Key[Array, ""], like: Params) -> Params:
+        """Draw one point exactly, in the structure and dtypes of `like`."""
+        return _map(lambda z, c, s: (c + s * z).astype(z.dtype), normal_like(key, like), self.center, self.scale)
+
+    def move(self, params: Params, velocity: Params, time: Real, metric: Params) -> tuple[Params, Params]:
+        """Go straight: there are no walls."""
+        del metric
+        return jax.tree.map(lambda w, v: (w + time * v).astype(w.dtype), params, velocity), velocity
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["low", "high"], meta_fields=[])
+@dataclass(frozen=True)
+class Box:
+    """The uniform distribution on low <= w <= high.
+
+    >>> base = Box(low=-1.0, high=1.0)
+    >>> position, velocity = base.move(jnp.array([0.5, 0.0]), jnp.array([1.0, 0.25]), 1.0, jnp.ones(2))
+    >>> position.tolist(), velocity.tolist()
+    ([0.5, 0.25], [-1.0, 0.25])
+    """
+
+    low: PyTree[Real]
+    high: PyTree[Real]
+    is_bounded: ClassVar[bool] = True
+
+    def potential(self, params: Params) -> Float[Array, ""]:
+        """0 inside, infinite outside."""
+        inside = _map(lambda w, low, high: jnp.all((w >= low) & (w <= high)), params, self.low, self.high)
+        return _wall(jnp.all(jnp.stack(jax.tree.leaves(inside))))
+
+    def gradient(self, params: Params) -> Params:
+        """Gradient of `potential` inside: 0."""
+        return jax.tree.map(jnp.zeros_like, params)
+
+    def variance(self, like: Params) -> Params:
+        """Variance of each coordinate: (high - low)^2 / 12."""
+        return _map(lambda w, low, high: jnp.full_like(w, (high - low) ** 2 / 12), like, self.low, self.high)
+
+    def sample(self, key: Key[Array, ""], like: Params) -> Params:
+        """Draw one point exactly, in the structure and dtypes of `like`."""
+        return _map(lambda u, low, high: (low + (high - low) * u).astype(u.dtype), uniform_like(key, like), self.low, self.high)
+
+    def move(self, params: Params, velocity: Params, time: Real, metric: Params) -> tuple[Params, Params]:
+        """Go along `velocity`, each coordinate folded back at its walls; a diagonal metric changes nothing."""
+        del metric
+
+        def fold(w: Array, v: Array, low: Real, high: Real) -> tuple[Array, Array]:
+            free = (w + time * v).astype(w.dtype)
+            phase = jnp.mod((free - low) / (high - low), 2.0)
+            folded = jnp.clip(low + (high - low) * (1 - jnp.abs(1 - phase)), low, high).astype(w.dtype)
+            inside = (free >= low) & (free <= high)
+            return jnp.where(inside, free, folded), jnp.where(inside | (phase <= 1), v, -v)
+
+        moved = _map(fold, params, velocity, self.low, self.high)
+        return jax.tree.transpose(jax.tree.structure(params), jax.tree.structure((0, 0)), moved)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["center", "radius"], meta_fields=[])
+@dataclass(frozen=True)
+class Ball:
+    """The uniform distribution on |(w - center) / radius| <= 1: a ball, or an ellipsoid when `radius` is a pytree.
+
+    >>> base = Ball(center=0.0, radius=2.0)
+    >>> position, velocity = base.move(jnp.array([1.0, 0.0]), jnp.array([2.0, 0.0]), 1.0, jnp.ones(2))
+    >>> position.tolist(), velocity.tolist()
+    ([1.0, 0.0], [-2.0, 0.0])
+    """
+
+    center: PyTree[Real]
+    radius: PyTree[Real]
+    is_bounded: ClassVar[bool] = True
+
+    def potential(self, params: Params) -> Float[Array, ""]:
+        """0 inside, infinite outside."""
+        return _wall(self._height(params) <= 1)
+
+    def gradient(self, params: Params) -> Params:
+        """Gradient of `potential` inside: 0."""
+        return jax.tree.map(jnp.zeros_like, params)
+
+    def variance(self, like: Params) -> Params:
+        """Variance of each coordinate: radius^2 / (dimension + 2)."""
+        return _map(lambda w, r: jnp.full_like(w, jnp.asarray(r) ** 2 / (dimension(like) + 2)), like, self.radius)
+
+    def sample(self, key: Key[Array, ""], like: Params) -> Params:
+        """Draw one point exactly, in the structure and dtypes of `like`."""
+        direction_key, radius_key = jax.random.split(key)
+        direction = normal_like(direction_key, like)
+        size = jax.random.uniform(radius_key) ** (1 / dimension(like)) / jnp.sqrt(dot(direction, direction))
+        return _map(lambda z, c, r: (c + r * size * z).astype(z.dtype), direction, self.center, self.radius)
+
+    def move(self, params: Params, velocity: Params, time: Real, metric: Params) -> tuple[Params, Params]:
+        """Go along `velocity`, reflected wherever the path meets the wall."""
+
+        def fly(params: Params, velocity: Params, time: Real) -> Params:
+            return jax.tree.map(lambda w, v: (w + time * v).astype(w.dtype), params, velocity)
+
+        def is_outside(carry: tuple) -> Array:
+            position, velocity, left, bounces = carry
+            return (self._height(fly(position, velocity, left)) > 1) & (bounces < _MAX_BOUNCES)
+
+        def bounce(carry: tuple) -> tuple:
+            position, velocity, left, bounces = carry
+            across = _map(lambda v, r: v / r, velocity, self.radius)
+            place = _map(lambda w, c, r: (w - c) / r, position, self.center, self.radius)
+            # The later root of |place + t across|^2 = 1, in the form that does not cancel.
+            a, b, c = dot(across, across), dot(place, across), jnp.minimum(dot(place, place) - 1, 0.0)
+            root = jnp.sqrt(b**2 - a * c)
+            hit = jnp.clip(jnp.where(b > 0, -c / (b + root), (root - b) / a), 0.0, left)
+            position = fly(position, velocity, hit)
+            normal = _map(lambda w, c, r: (w - c) / r**2, position, self.center, self.radius)
+            pushed = jax.tree.map(jnp.multiply, metric, normal)
+            factor = 2 * jnp.maximum(dot(normal, velocity), 0.0) / dot(normal, pushed)
+            velocity = jax.tree.map(lambda v, n: (v - factor * n).astype(v.dtype), velocity, pushed)
+            return position, velocity, left - hit, bounces + 1
+
+        start = (params, velocity, jnp.asarray(time, jnp.result_type(float)), 0)
+        position, velocity, left, _ = jax.lax.while_loop(is_outside, bounce, start)
+        end = fly(position, velocity, left)
+        # Rounding, and paths that graze the wall too often to follow, are pulled inside.
+        shrink = jnp.minimum(1.0, (1 - 1e-6) / jnp.sqrt(jnp.maximum(self._height(end), 1e-30)))
+        outside = self._height(end) > 1
+        pulled = _map(lambda w, c: jnp.where(outside, c + shrink * (w - c), w).astype(w.dtype), end, self.center)
+        return pulled, velocity
+
+    def _height(self, params: Params) -> Float[Array, ""]:
+        place = _map(lambda w, c, r: (w - c) / r, params, self.center, self.radius)
+        return dot(place, place)
+
+
+BASES = (Gaussian, Box, Ball)
+
+_MAX_BOUNCES = 100
+
+
+def _wall(inside: Array) -> Float[Array, ""]:
+    return jnp.where(inside, 0.0, jnp.inf)
+
+
+def _map(function: Any, params: Params, *others: PyTree[Real]) -> Any:
+    """Map over the leaves of `params` and what belongs to them, each a scalar or a pytree like `params`."""
+    return jax.tree.map(function, params, *(broadcast(other, params) for other in others))

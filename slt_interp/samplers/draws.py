@@ -1,0 +1,121 @@
+"""What `sample` gives back, and what can be kept of a draw."""
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Float, PyTree
+
+from slt_interp.samplers.kernel import Info, Kernel
+from slt_interp.storage import read_arrays
+from slt_interp.tree import Params
+
+if TYPE_CHECKING:
+    import xarray
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["info", "collected", "is_finite", "stiffness", "num_gradients", "state", "kernel"],
+    meta_fields=["num_warmup", "num_burnin", "thinning"],
+)
+@dataclass(frozen=True)
+class Draws:
+    """What `sample` kept.
+
+    Arrays lie in memory, or are memory maps of the files in the `checkpoint` directory that was given.
+
+    Attributes:
+        info: `Info` with axes (chain, draw), each number averaged over the `thinning` steps of its draw.
+        collected: what `collect` returned at the last of those steps, a pytree (chain, draw, *event).
+        is_finite: for each chain, whether loss and gradient were finite at every step, warm-up and burn-in included.
+        stiffness: for each chain, the first `Info.stiffness` of all its steps that is not 0.
+        num_gradients: for each chain, gradients of all its steps.
+        state: the kernel's state after the last step, (chain, ...).
+        kernel: the kernel that ran, with its target.
+        num_warmup, num_burnin, thinning: the settings, in steps.
+    """
+
+    info: Info
+    collected: PyTree[np.ndarray]
+    is_finite: Bool[np.ndarray, " chain"]
+    stiffness: Float[np.ndarray, " chain"]
+    num_gradients: Float[np.ndarray, " chain"]
+    state: Any
+    kernel: Kernel
+    num_warmup: int
+    num_burnin: int
+    thinning: int
+
+    @property
+    def loss(self) -> Float[np.ndarray, "chain draw"]:
+        """Loss averaged over the steps of each draw, nats per example."""
+        return np.asarray(self.info.loss)
+
+    def to_xarray(self) -> "xarray.Dataset":
+        """Convert to an `xarray.Dataset`, which arviz takes; xarray must be installed.
+
+        Variables are the scalars of `Info` and the leaves of `collected`, by their paths, with dimensions chain, draw
+        and, for the axes of an event, NAME_dim_0, NAME_dim_1, ...
+        """
+        import xarray
+
+        named = dict(_named({**{k: v for k, v in self.info._asdict().items() if v is not None}, "collected": self.collected}))
+        variables = {name: (("chain", "draw", *(f"{name}_dim_{i}" for i in range(x.ndim - 2))), x) for name, x in named.items()}
+        settings = {"num_warmup": self.num_warmup, "num_burnin": self.num_burnin, "thinning": self.thinning}
+        return xarray.Dataset(variables, attrs=settings)
+
+
+def keep_params(state: Any, info: Info) -> Params:
+    """Keep the weights of every draw: give it to `sample` as `collect`."""
+    del info
+    return state.params
+
+
+def keep_nothing(state: Any, info: Info) -> None:
+    """Keep no more than the scalars of `Info`."""
+    del state, info
+
+
+def read_draws(path: str | Path) -> dict[str, np.ndarray]:
+    """Read the draws that a run with `checkpoint=path` has written so far, while it goes on or afterwards.
+
+    Returns:
+        Memory maps with axes (chain, draw, *event), by name: those of `Info`, and `collected` with the path of each leaf.
+
+    Raises:
+        InputError: if there are none.
+    """
+    return read_arrays(Path(path) / "draws")
+
+
+def stability_warning(kernel: Kernel, stiffness: Float[np.ndarray, " chain"]) -> str | None:
+    """Say that the step size is above the limit of stability that the chains' own traces show; None if it is not.
+
+    Unadjusted kernels are stable where step_size times the curvature of the potential is below 4. `Info.stiffness` never
+    exceeds the largest curvature of a quadratic, and comes within a few percent of it in a chain that diverges.
+    """
+    if kernel.full_batch:
+        return None
+    step_size: Any = kernel.step_size
+    hot = np.asarray(stiffness)[np.asarray(stiffness) > 0]
+    largest = float(np.median(hot)) if len(hot) else 0.0
+    step = float(step_size(0) if callable(step_size) else np.max(np.asarray(step_size)))
+    if not step * largest > _STABILITY:
+        return None
+    return (
+        f"step_size {step:.3g} is above the limit of stability, {_STABILITY} / {largest:.3g} = {_STABILITY / largest:.3g}, as "
+        "the chains' own traces show: take less than half of that"
+    )
+
+
+_STABILITY = 4
+
+
+def _named(tree: PyTree) -> list[tuple[str, Any]]:
+    return [
+        (jax.tree_util.keystr(path, simple=True, separator="."), x) for path, x in jax.tree_util.tree_leaves_with_path(tree)
+    ]

@@ -1,0 +1,141 @@
+"""What the Metropolis kernels share: the leapfrog step, its energy error, and how step and metric adapt.
+
+Coordinates are scaled by sigma, one number each: w moves by sigma times the momentum, and the momentum is standard normal.
+During warm-up sigma_i^2 = min(base variance, 1 / mean (dU/dw_i)^2). By Stein's identity E[(dU/dw_i)^2] is the mean curvature
+of U in that direction, so this works where the Hessian at the center is zero; the mean favors recent steps, so that the
+way from the center is forgotten. The step size follows the acceptance probability by dual averaging (numpyro's).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from slt_interp.data import Batch
+from slt_interp.posterior import LocalPosterior
+from slt_interp.samplers.kernel import Info
+from slt_interp.tree import Params, Real, dimension, dot
+
+
+class Adaptation(NamedTuple):
+    """What warm-up has learned so far: steps, mean squared gradients, and numpyro's state of dual averaging."""
+
+    num_steps: Int[Array, ""]
+    squares: Params
+    averaging: tuple
+
+
+class MetropolisState(NamedTuple):
+    """Position of a chain with loss and gradient there, the leapfrog step and sigma in use, and what adapts them."""
+
+    params: Params
+    loss: Float[Array, ""]
+    gradient: Params
+    step_size: Float[Array, ""]
+    scale: Params
+    adaptation: Adaptation
+
+
+class Point(NamedTuple):
+    """A point of a trajectory."""
+
+    params: Params
+    momentum: Params
+    loss: Float[Array, ""]
+    gradient: Params
+
+
+def start(target: LocalPosterior, params: Params, batch: Batch, step_size: Real) -> MetropolisState:
+    """Start a chain at `params`, in float32 or better, with sigma = 1 and a leapfrog step as given."""
+    position = target.position(params)
+    loss, gradient = target.value_and_grad(position, batch)
+    step_size = jnp.asarray(step_size, loss.dtype)
+    # The first sigma of a warm-up is the base measure's, and the first step in weights the one that was given.
+    logs = jax.tree.map(lambda v: jnp.sum(jnp.log(v)) / 2, target.base.variance(position))
+    log_step = jnp.log(step_size) - sum(jax.tree.leaves(logs)) / dimension(position)
+    _, *rest = _dual_averaging()[0](log_step + jnp.log(10.0))
+    squares = jax.tree.map(jnp.zeros_like, position)
+    adaptation = Adaptation(jnp.zeros((), int), squares, (log_step, *rest))
+    return MetropolisState(position, loss, gradient, step_size, jax.tree.map(jnp.ones_like, position), adaptation)
+
+
+def trial(target: LocalPosterior, state: MetropolisState) -> MetropolisState:
+    """Put the step and the metric in use that warm-up tries next."""
+    scale = jax.tree.map(
+        lambda v, g: jnp.sqrt(1 / jnp.maximum(1 / v, g)),
+        target.base.variance(state.params),
+        state.adaptation.squares,
+    )
+    return state._replace(step_size=jnp.exp(state.adaptation.averaging[0]), scale=scale)
+
+
+def learn(
+    state: MetropolisState, excess_acceptance: Float[Array, ""], squares: Params, use: Bool[Array, ""]
+) -> MetropolisState:
+    """Learn from one transition, and put the averaged step size in use.
+
+    Args:
+        state: after the transition.
+        excess_acceptance: acceptance probability minus its target.
+        squares: squared gradient components, averaged over the transition.
+        use: whether the step size may learn from it.
+    """
+    adaptation = state.adaptation
+    num_steps = adaptation.num_steps + 1
+    # Weights grow with the step's number.
+    rate = 2 / (num_steps + 1)
+    mean = jax.tree.map(lambda m, g: (m + rate * (g - m)).astype(m.dtype), adaptation.squares, squares)
+    updated = _dual_averaging()[1](-excess_acceptance, adaptation.averaging)
+    averaging = jax.tree.map(
+        lambda new, old: jnp.where(use, new, old).astype(jnp.result_type(old)), updated, adaptation.averaging
+    )
+    return state._replace(step_size=jnp.exp(averaging[1]), adaptation=Adaptation(num_steps, mean, averaging))
+
+
+def mixed_step(key: Key[Array, ""], step_size: Float[Array, ""]) -> tuple[Float[Array, ""], Bool[Array, ""]]:
+    """Draw the step of one transition: the whole one, or half of the time a smaller one; and whether it is whole.
+
+    Thin arms of a singular set are entered by small steps only, which the average acceptance does not show.
+    """
+    is_whole, smaller = jax.random.uniform(key, (2,))
+    is_whole = is_whole < _WHOLE_STEPS
+    return step_size * jnp.where(is_whole, 1.0, jnp.exp(-_SMALLEST_STEP * smaller)), is_whole
+
+
+def leapfrog(target: LocalPosterior, scale: Params, point: Point, time_step: Float[Array, ""], batch: Batch) -> Point:
+    """Make one leapfrog step, with one gradient."""
+
+    def kick(momentum: Params, gradient: Params) -> Params:
+        return jax.tree.map(lambda r, g, s: r - (time_step / 2) * s * g, momentum, gradient, scale)
+
+    momentum = kick(point.momentum, point.gradient)
+    moved = jax.tree.map(lambda w, r, s: (w + time_step * s * r).astype(w.dtype), point.params, momentum, scale)
+    params = target.hold(moved, point.params)
+    loss, gradient = target.value_and_grad(params, batch)
+    return Point(params, kick(momentum, gradient), loss, gradient)
+
+
+def energy_error(target: LocalPosterior, first: Point, last: Point) -> Float[Array, ""]:
+    """Subtract the total energy of one point from another's; infinite where it cannot be computed.
+
+    The losses are subtracted first: nbeta times a loss is too large a number for float32.
+    """
+    kinetic = (dot(last.momentum, last.momentum) - dot(first.momentum, first.momentum)) / 2
+    base = target.base.potential(last.params) - target.base.potential(first.params)
+    error = target.nbeta * (last.loss - first.loss) + base + kinetic
+    return jnp.where(jnp.isnan(error), jnp.inf, error)
+
+
+def blend(total: Info, info: Info, fraction: Float[Array, ""]) -> Info:
+    """Move averages toward `info` by a fraction; what has no weight may be non-finite. `is_finite` stays."""
+    return jax.tree.map(lambda a, b: a if a.dtype == bool else jnp.where(fraction > 0, a + fraction * (b - a), a), total, info)
+
+
+_WHOLE_STEPS, _SMALLEST_STEP = 0.5, 3.5
+
+
+def _dual_averaging() -> tuple:
+    from numpyro.infer.hmc_util import dual_averaging
+
+    return dual_averaging()
