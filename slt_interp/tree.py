@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from slt_interp.noise import standard_normal
 
-Real = Array | np.ndarray | np.generic | float
+Real = Array | np.ndarray | np.number | float
 """A number, or a real array, of whatever library."""
 
 Params = PyTree[Float[Array, "..."]]

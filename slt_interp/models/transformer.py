@@ -113,12 +113,13 @@ class _Layer(nnx.Module):
 
     def __call__(self, stream: Array, tap: Tap) -> Array:
         projected = _rowwise(lambda x: self.query_key_value(self.attention_norm(x)), stream)
-        found = self._attend(*jnp.split(projected, 3, axis=-1), tap)
+        found = self._attend(projected, tap)
         stream = stream + tap(".attention", _rowwise(self.attention_out, found))
         neurons = tap(".neurons", _rowwise(lambda x: jax.nn.gelu(self.mlp_in(self.mlp_norm(x))), stream))
         return tap("", stream + tap(".mlp", _rowwise(self.mlp_out, neurons)))
 
-    def _attend(self, query: Array, key: Array, value: Array, tap: Tap) -> Array:
+    def _attend(self, projected: Array, tap: Tap) -> Array:
+        query, key, value = jnp.split(projected, 3, axis=-1)
         example, position, width = query.shape
         query, key, value = (x.reshape(example, position, self.heads, width // self.heads) for x in (query, key, value))
         scores = jnp.einsum("eqhw,ekhw->ehqk", query, key) * query.shape[-1] ** -0.5

@@ -100,10 +100,9 @@ def stability_warning(kernel: Kernel, stiffness: Float[np.ndarray, " chain"]) ->
     """
     if kernel.full_batch:
         return None
-    step_size: Any = kernel.step_size
     hot = np.asarray(stiffness)[np.asarray(stiffness) > 0]
     largest = float(np.median(hot)) if len(hot) else 0.0
-    step = float(step_size(0) if callable(step_size) else np.max(np.asarray(step_size)))
+    step = float(np.max(np.asarray(kernel.step_size(0) if callable(kernel.step_size) else kernel.step_size)))
     if not step * largest > _STABILITY:
         return None
     return (

@@ -71,13 +71,18 @@ def trial(target: LocalPosterior, state: MetropolisState) -> MetropolisState:
 
 
 def learn(
-    state: MetropolisState, excess_acceptance: Float[Array, ""], squares: Params, use: Bool[Array, ""]
+    state: MetropolisState,
+    acceptance: Float[Array, ""] | None,
+    target_acceptance: Real,
+    squares: Params,
+    use: Bool[Array, ""],
 ) -> MetropolisState:
     """Learn from one transition, and put the averaged step size in use.
 
     Args:
         state: after the transition.
-        excess_acceptance: acceptance probability minus its target.
+        acceptance: the transition's acceptance probability.
+        target_acceptance: what it should be on average.
         squares: squared gradient components, averaged over the transition.
         use: whether the step size may learn from it.
     """
@@ -86,7 +91,7 @@ def learn(
     # Weights grow with the step's number.
     rate = 2 / (num_steps + 1)
     mean = jax.tree.map(lambda m, g: (m + rate * (g - m)).astype(m.dtype), adaptation.squares, squares)
-    updated = _dual_averaging()[1](-excess_acceptance, adaptation.averaging)
+    updated = _dual_averaging()[1](target_acceptance - jnp.asarray(acceptance), adaptation.averaging)
     averaging = jax.tree.map(
         lambda new, old: jnp.where(use, new, old).astype(jnp.result_type(old)), updated, adaptation.averaging
     )

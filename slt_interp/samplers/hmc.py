@@ -71,7 +71,7 @@ class HMC:
     def adapt(self, key: Key[Array, ""], state: MetropolisState, batch: Batch) -> tuple[MetropolisState, Info]:
         """Make one transition, and learn step and metric from it."""
         state, info, squares, is_whole = self._transition(key, trial(self.target, state), batch)
-        return learn(state, info.acceptance - self.target_acceptance, squares, is_whole), info
+        return learn(state, info.acceptance, self.target_acceptance, squares, is_whole), info
 
     def step(self, key: Key[Array, ""], state: MetropolisState, batch: Batch) -> tuple[MetropolisState, Info]:
         """Make one transition."""

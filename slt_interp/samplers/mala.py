@@ -59,12 +59,12 @@ class MALA:
     def init(self, key: Key[Array, ""], params: Params, batch: Batch) -> MetropolisState:
         """Start a chain at `params`, in float32 or better."""
         del key
-        return start(self.target, params, batch, jnp.sqrt(self.step_size))
+        return start(self.target, params, batch, jnp.sqrt(jnp.asarray(self.step_size)))
 
     def adapt(self, key: Key[Array, ""], state: MetropolisState, batch: Batch) -> tuple[MetropolisState, Info]:
         """Make one transition, and learn step and metric from it."""
         state, info, squares, is_whole = self._transition(key, trial(self.target, state), batch)
-        return learn(state, info.acceptance - self.target_acceptance, squares, is_whole), info
+        return learn(state, info.acceptance, self.target_acceptance, squares, is_whole), info
 
     def step(self, key: Key[Array, ""], state: MetropolisState, batch: Batch) -> tuple[MetropolisState, Info]:
         """Make one transition."""

@@ -62,7 +62,7 @@ class NUTS:
         """Make one transition, and learn step and metric from it."""
         squares = jax.tree.map(jnp.square, state.gradient)
         state, info = self.step(key, trial(self.target, state), batch)
-        return learn(state, info.acceptance - self.target_acceptance, squares, jnp.array(True)), info
+        return learn(state, info.acceptance, self.target_acceptance, squares, jnp.array(True)), info
 
     def step(self, key: Key[Array, ""], state: MetropolisState, batch: Batch) -> tuple[MetropolisState, Info]:
         """Make one transition."""
@@ -71,7 +71,9 @@ class NUTS:
         def potential(params: Params) -> Float[Array, ""]:
             held = self.target.hold(params, state.params)
             # The loss here is subtracted first: nbeta times a loss is too large a number for float32.
-            return self.target.nbeta * (self.target.loss(held, batch) - state.loss) + self.target.base.potential(held)
+            return jnp.asarray(self.target.nbeta) * (self.target.loss(held, batch) - state.loss) + self.target.base.potential(
+                held
+            )
 
         momentum_key, tree_key = jax.random.split(key)
         noise = self.target.restrict(normal_like(momentum_key, state.params))

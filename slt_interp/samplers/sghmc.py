@@ -73,7 +73,7 @@ class SGHMC:
     def step(self, key: Key[Array, ""], state: SGHMCState, batch: Batch) -> tuple[SGHMCState, Info]:
         """Make one transition, with one gradient on `batch`."""
         loss, gradient = self.target.value_and_grad(state.params, batch)
-        time_step = jnp.sqrt(self.step_size)
+        time_step = jnp.sqrt(jnp.asarray(self.step_size))
         kept = jnp.exp(-self.friction * time_step)
         noise = self.target.restrict(normal_like(key, state.params))
         velocity = jax.tree.map(lambda v, g: v - time_step * g, state.velocity, gradient)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +63,7 @@ class SGLD:
     """
 
     target: LocalPosterior
-    step_size: Real | Callable[[Array], Real]
+    step_size: Real | Callable[[Any], Any]
     leimkuhler_matthews: bool = False
     full_batch: ClassVar[bool] = False
 

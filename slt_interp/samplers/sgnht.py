@@ -73,7 +73,7 @@ class SGNHT:
     def step(self, key: Key[Array, ""], state: SGNHTState, batch: Batch) -> tuple[SGNHTState, Info]:
         """Make one transition, with one gradient on `batch`."""
         loss, gradient = self.target.value_and_grad(state.params, batch)
-        time_step = jnp.sqrt(self.step_size)
+        time_step = jnp.sqrt(jnp.asarray(self.step_size))
 
         def heat(velocity: Params) -> Float[Array, ""]:
             return (time_step / 2) * (dot(velocity, velocity) / self.target.dimension() - 1)
