@@ -61,9 +61,11 @@ ONE_THREAD = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 
 def main(config: Config, out: Path) -> RunDirectory:
     """Run every section that is not finished yet, and write the results."""
-    run = open_run(out, {"benchmark": "sampler_throughput", "settings": dataclasses.asdict(config)})
-    cores = sorted(os.sched_getaffinity(0))
     settings = dataclasses.asdict(config)
+    # Whether there were peers is part of what was asked, where they lie is not.
+    asked = settings | {"peer_python": config.peer_python and Path(config.peer_python).name}
+    run = open_run(out, {"benchmark": "sampler_throughput", "settings": asked})
+    cores = sorted(os.sched_getaffinity(0))
     shared = settings | {"peer_python": None}
     on_cpu = {"JAX_PLATFORMS": "cpu"}
     one_core = partial(_section, cores=cores[-1:], environment=on_cpu | {"XLA_FLAGS": ONE_THREAD})

@@ -196,9 +196,15 @@ class Ball:
         position, velocity, left, _ = jax.lax.while_loop(is_outside, bounce, start)
         end = fly(position, velocity, left)
         # Rounding, and paths that graze the wall too often to follow, are pulled inside.
-        shrink = jnp.minimum(1.0, (1 - 1e-6) / jnp.sqrt(jnp.maximum(self._height(end), 1e-30)))
         outside = self._height(end) > 1
-        pulled = _map(lambda w, c: jnp.where(outside, c + shrink * (w - c), w).astype(w.dtype), end, self.center)
+        place = _map(lambda w, c, r: (w - c) / r, end, self.center, self.radius)
+        moving = jax.tree.map(lambda x, m: jnp.where(m > 0, x, 0.0), place, metric)
+        free, fixed = dot(moving, moving), dot(place, place) - dot(moving, moving)
+        shrink = jnp.sqrt(jnp.clip((1 - 1e-5 - fixed) / jnp.where(outside, free, 1.0), 0.0, 1.0))
+        pull = outside & (free > 0)
+        pulled = _map(
+            lambda w, m, c: jnp.where(pull & (m > 0), c + shrink * (w - c), w).astype(w.dtype), end, metric, self.center
+        )
         return pulled, velocity
 
     def _height(self, params: Params) -> Float[Array, ""]:

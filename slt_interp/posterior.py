@@ -25,6 +25,7 @@ LossFn = Callable[[Params, Any], Float[Array, ""]]
 class ControlVariate(NamedTuple):
     """What the whole data say at the center: see `LocalPosterior.with_control_variate`."""
 
+    center: Params
     loss: Float[Array, ""]
     gradient: Params
 
@@ -91,22 +92,22 @@ class LocalPosterior:
         >>> [round(float(target.loss(jnp.array(4.0), data[i : i + 1])), 4) for i in range(3)]  # each the loss on all data
         [2.8333, 2.8333, 2.8333]
         """
-        plain = replace(self, control=None)
-        losses, gradients, counts = _center_gradients(plain, self.position(self.center), data, block_size)
+        plain, center = replace(self, control=None), self.position(self.center)
+        losses, gradients, counts = _center_gradients(plain, center, data, block_size)
 
         def mean(blocks: Array) -> Array:
             return jnp.tensordot(counts.astype(blocks.dtype), blocks, axes=1) / jnp.sum(counts)
 
-        return replace(self, control=ControlVariate(mean(losses), jax.tree.map(mean, gradients)))
+        return replace(self, control=ControlVariate(center, mean(losses), jax.tree.map(mean, gradients)))
 
     def loss(self, params: Params, batch: Batch) -> Float[Array, ""]:
         """Evaluate the loss in the center's own precision; the result is float32 or better."""
         if self.control is None:
             return self._batch_loss(params, batch)
-        center = self.position(self.center)
-        center_loss, center_gradient = jax.value_and_grad(self._batch_loss)(center, batch)
+        center_loss, center_gradient = jax.value_and_grad(self._batch_loss)(self.control.center, batch)
         slope = jax.tree.map(jnp.subtract, self.control.gradient, center_gradient)
-        correction = self.control.loss - center_loss + dot(self.displacement(params), slope)
+        displacement = jax.tree.map(jnp.subtract, params, self.control.center)
+        correction = self.control.loss - center_loss + dot(displacement, slope)
         return self._batch_loss(params, batch) + correction
 
     def potential(self, params: Params, batch: Batch) -> Float[Array, ""]:
@@ -191,6 +192,12 @@ def check_target(target: LocalPosterior, params: Params, batch: Batch) -> None:
         )
     if not jnp.all((jnp.asarray(target.nbeta) >= 0) & jnp.isfinite(jnp.asarray(target.nbeta))):
         raise InputError(f"nbeta must be finite and not negative, but is {target.nbeta}: n / log n is customary")
+    variances = jax.tree.leaves(target.base.variance(target.position(params)))
+    if isinstance(target.localization, BASES) and not all(bool(jnp.all((v > 0) & jnp.isfinite(v))) for v in variances):
+        raise InputError(
+            f"the base measure, a {type(target.base).__name__}, must have a positive finite width in every coordinate: "
+            "check its scale, walls or radius"
+        )
     if isinstance(target.localization, BASES):
         if target.base.is_bounded and not jnp.isfinite(target.base.potential(target.position(params))):
             raise InputError(

@@ -147,8 +147,8 @@ class Checkpoints:
         found = (self._manager.metadata().custom_metadata or {}).get("identity")
         if known and found != identity:
             raise InputError(
-                f"{path} holds another run (another key, kernel, start, data, collect or counts): give another directory, or "
-                "remove that one"
+                f"{path} holds another run (another key, kernel, start, data, collect, counts or precision): give "
+                "another directory, or remove that one"
             )
 
     def save(self, number: int, tree: PyTree) -> None:
@@ -181,7 +181,13 @@ class DrawFiles:
         path.mkdir(parents=True, exist_ok=True)
         leaves, self._structure = jax.tree_util.tree_flatten_with_path(like)
         self._files = [(path / f"{_file_name(keys)}.npy", leaf) for keys, leaf in leaves]
+        if len({file for file, _ in self._files}) < len(leaves):
+            raise InputError(f"two arrays would have one file name in {path}: rename the keys of what collect returns")
         self.num_draws = num_draws
+        for file, leaf in self._files:
+            there = file.stat().st_size if file.exists() else 0
+            if num_draws and there < num_draws * self._row(leaf):
+                raise InputError(f"{file} is damaged (it lacks some of {num_draws} draws): restore it, or remove the whole run")
         for file, leaf in self._files:
             with open(file, "r+b" if num_draws else "wb") as stream:
                 self._write_header(stream, leaf)
@@ -214,6 +220,12 @@ class DrawFiles:
         shape = (self.num_draws, *leaf.shape)
         descr = np.lib.format.dtype_to_descr(np.dtype(leaf.dtype))
         np.lib.format.write_array_header_1_0(stream, {"descr": descr, "fortran_order": False, "shape": shape})
+
+
+def check_no_draws(path: Path) -> None:
+    """Raise InputError if there are draws that a new run would overwrite."""
+    if any(path.glob("*.npy")):
+        raise InputError(f"{path} holds draws of a run whose state is gone: give another directory, or remove this one")
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:

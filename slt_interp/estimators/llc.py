@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, PyTree
 
+from slt_interp.bases import BASES
 from slt_interp.data import Batch, FullBatch, Minibatches, map_blocks, num_examples
 from slt_interp.errors import InputError
 from slt_interp.estimators.calibration import customary_nbeta, predicted_step_bias, settled_step_size
@@ -31,7 +32,7 @@ DO_NOT_TRUST = "do not trust"
 
 _MAX_FULL_BATCH = 8192
 _BATCH_SIZE = 512
-_PILOT_STEPS = 50
+_PILOT_STEPS = 20
 _MAX_DRAWS = 1000
 
 
@@ -129,7 +130,8 @@ def llc(draws: Draws, init_loss: float, *, init_loss_std_error: float = 0.0) -> 
     if info.acceptance is not None:
         diagnostics["acceptance"] = float(info.acceptance.mean())
     severe, soft = _judge(estimate, diagnostics)
-    if limit := stability_warning(draws.kernel, draws.stiffness):
+    notes = ["the virial check does not apply to a bounded base measure"] if target.base.is_bounded else []
+    if limit := stability_warning(draws.kernel, draws.stiffness, draws.num_steps):
         severe.insert(0, limit)
     return LLCEstimate(
         **estimate,
@@ -139,7 +141,7 @@ def llc(draws: Draws, init_loss: float, *, init_loss_std_error: float = 0.0) -> 
         nbeta=nbeta,
         localization=localization,
         status=DO_NOT_TRUST if severe else NOT_EQUILIBRATED if soft else OK,
-        warnings=(*severe, *soft),
+        warnings=(*severe, *soft, *notes),
         diagnostics=diagnostics,
     )
 
@@ -196,7 +198,7 @@ def estimate_llc(
         mask: which coordinates are sampled; see `LocalPosterior`.
         num_chains: independent chains.
         max_gradients: gradients per chain, 6,000 by default; a quarter of them is dropped, half as warm-up and half as
-            burn-in. Kernels that take several per step spend a few more to find out how many.
+            burn-in. Full-batch kernels make 20 steps more, to find out how many gradients a step takes.
         progress: whether to show a progress bar.
 
     Returns:
@@ -248,9 +250,7 @@ def estimate_llc(
     if not isinstance(chosen, SGLD) or chosen.leimkuhler_matthews:
         return estimate
     finite = jax.tree.map(lambda x: x[np.flatnonzero(draws.is_finite)], draws.state.params)
-    made = num_draws * thinning
-    steps_of_draws = jax.vmap(chosen.step_size_at)(jnp.arange(steps - made, steps))
-    step_size = float(jnp.mean(steps_of_draws))
+    step_size = float(jnp.mean(jax.vmap(chosen.step_size_at)(jnp.arange(steps - num_draws * thinning, steps))))
     return _with_step_bias(estimate, predicted_step_bias(bias_key, target, step_size, finite, batches(batch_key)))
 
 
@@ -302,6 +302,11 @@ def _judge(estimate: dict[str, float], diagnostics: dict[str, Any]) -> tuple[lis
             else "discretization or minibatch noise heats the chains: take a smaller step_size or larger batches"
         )
         severe.append(f"the virial ratio is {virial:.3f}, and 1 at stationarity: {cause}")
+    if diagnostics.get("acceptance", 1.0) < _ACCEPTANCE_LIMIT:
+        severe.append(
+            f"only {diagnostics['acceptance']:.0%} of the moves are accepted: chains hardly move; give the kernel a warm-up "
+            "(num_warmup), or a smaller step_size"
+        )
     change, change_error = diagnostics["drift"], diagnostics["drift_std_error"]
     if abs(change) > max(3 * change_error, 0.02 * abs(llc)):
         severe.append(
@@ -328,9 +333,11 @@ _VIRIAL_TOLERANCE = 0.05
 _STEP_BIAS_LIMIT = 0.03
 """Three times what the default step size is chosen for."""
 
+_ACCEPTANCE_LIMIT = 0.1
+
 _RHAT_LIMIT = 1.05
 _RHAT_DISTANCE_LIMIT = 1.1
 
 
 def _number(value: Any) -> float:
-    return float(value) if jnp.ndim(value) == 0 and not hasattr(value, "potential") else float("nan")
+    return float("nan") if isinstance(value, BASES) or jnp.ndim(value) else float(value)

@@ -128,4 +128,4 @@ def _zeros(shapes: PyTree[jax.ShapeDtypeStruct], *leading: int) -> PyTree[Array]
 
 def _accumulate(total: Info, info: Info) -> Info:
     added = jax.tree.map(lambda a, b: a & b if b.dtype == bool else a + b, total, info)
-    return added._replace(stiffness=jnp.where(total.stiffness > 0, total.stiffness, jnp.nan_to_num(info.stiffness)))
+    return added._replace(stiffness=jnp.where(total.stiffness > 0, total.stiffness, jnp.nan_to_num(info.stiffness, posinf=0.0)))

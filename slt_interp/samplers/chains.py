@@ -22,16 +22,19 @@ from slt_interp.data import FullBatch, check_batches
 from slt_interp.errors import InputError
 from slt_interp.posterior import LocalPosterior, check_target
 from slt_interp.samplers.advance import Collect, advance, start
-from slt_interp.samplers.diagnostics import std_error
-from slt_interp.samplers.draws import Draws, keep_nothing, stability_warning
-from slt_interp.samplers.kernel import Kernel
-from slt_interp.storage import Checkpoints, DrawFiles, fingerprint
+from slt_interp.samplers.diagnostics import MIN_DRAWS, std_error
+from slt_interp.samplers.draws import Draws, keep_nothing, named, stability_warning, step_sizes
+from slt_interp.samplers.kernel import Info, Kernel
+from slt_interp.storage import Checkpoints, DrawFiles, check_no_draws, fingerprint
 from slt_interp.tree import Params, check_key
 
 _CACHE = 3 * 2**19
 """Bytes that the chains vectorized together on a CPU may keep between a loss and its gradient, to stay in the cache."""
 
 _MAX_CPU_BLOCK = 16
+
+_MAX_CHUNK = 2**28
+"""Bytes of draws in one chunk at most, where its length is not given."""
 
 _MIN_STEPS = 8
 """Steps between two looks of the host at least: every call takes its memory anew."""
@@ -72,8 +75,8 @@ def sample(
         collect: `(state, info) -> pytree`, what to keep of each draw besides the scalars. Arrays that it needs go in
             as `jax.tree_util.Partial(function, arrays)`. The function is part of the program: the same object from
             call to call, or every call compiles anew.
-        chunk_size: draws between two looks of the host (progress, checkpoint); a twentieth of the run by default. No
-            number depends on it.
+        chunk_size: draws between two looks of the host (progress, checkpoint), of which two lie in memory when draws go to
+            disk; by default a twentieth of the run, and at most 256 MiB. No number depends on it.
         block_size: chains vectorized together; by default as many as a CPU's cache holds, all on an accelerator. Numbers
             depend on it by rounding only.
         mesh: spreads the chains over the devices of its axis `chain` (see `chain_mesh`); one device by default. Numbers
@@ -81,10 +84,10 @@ def sample(
         progress: whether to show a progress bar.
         checkpoint: a directory. Draws are written there as they come (see `read_draws`) instead of being kept in memory,
             and a run that was cut short, or is to have more draws, continues from the last chunk, bit for bit. Give a
-            fresh directory per run: another key, kernel, start, data or `collect` is refused, but of functions only
-            the names are known.
+            fresh directory per run: another key, kernel, start, data, `collect` or `precision` is refused, but of
+            functions only the names are known.
         precision: stop early, once the standard error of the mean loss is at most this, in nats per example (LLC units
-            are nbeta times that).
+            are nbeta times that). An error that is looked at until it is small is a little too small.
         check_every: draws between two looks at the precision, whatever the chunks.
 
     Returns:
@@ -106,6 +109,8 @@ def sample(
     optional = {"chunk_size": chunk_size, "block_size": block_size}
     _check_counts(1, positive | {name: size for name, size in optional.items() if size is not None})
     _check_counts(0, {"num_warmup": num_warmup, "num_burnin": num_burnin})
+    if precision is not None and not precision > 0:
+        raise InputError(f"precision must be positive, but is {precision}: it is a standard error, in nats per example")
     check_key(key)
     _check_mesh(mesh, num_chains)
     _check_kernel(kernel, batches)
@@ -137,7 +142,11 @@ def sample(
     )
     # By the jitted function itself, which then does not trace again.
     chunk_shapes = advance.eval_shape(*run.args, states, 0, 1, 1, adapting=False, **run.keywords)[1]
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct((num_chains, *x.shape[2:]), x.dtype), chunk_shapes)
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct((num_chains, *x.shape[2:]), x.dtype), named(*chunk_shapes))
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(like))
+    if chunk_size is None and capacity * size > _MAX_CHUNK:
+        capacity = max(1, _MAX_CHUNK // size)
+        run = functools.partial(run, capacity=capacity)
     now = _Now(states, np.ones(num_chains, bool), np.zeros(num_chains), np.zeros(num_chains))
     before, done = num_warmup + num_burnin, 0
     if checkpoint is None:
@@ -145,22 +154,29 @@ def sample(
     else:
         shapes = [(x.dtype.name, x.shape) for x in jax.tree.leaves(like)]
         settings = (shapes, num_chains, num_warmup, num_burnin, thinning, precision and (precision, check_every))
-        checkpoints = Checkpoints(Path(checkpoint) / "state", fingerprint((key, kernel, params, batches, collect), *settings))
-        done, now = checkpoints.restore(now) or (0, now)
+        # A schedule is a function, whose name says nothing of its numbers.
+        arrays = (key, kernel, params, batches, collect, step_sizes(kernel, 10**6))
+        checkpoints = Checkpoints(Path(checkpoint) / "state", fingerprint(arrays, *settings))
+        found = checkpoints.restore(now)
+        if found is None:
+            check_no_draws(Path(checkpoint) / "draws")
+            with _explain_full_disk(checkpoint, 0):
+                checkpoints.save(0, now)
+        done, now = found or (0, now)
         done_draws = max(0, done - before) // thinning
         if done_draws > num_draws:
             raise InputError(f"{checkpoint} already holds {done_draws} draws per chain, more than num_draws = {num_draws}")
         kept = DrawFiles(Path(checkpoint) / "draws", like, done_draws)
     now = now._replace(states=place(now.states))
 
-    with _progress_bar(progress, before + num_draws * thinning, like[1], num_draws) as bar:
+    with _progress_bar(progress, before + num_draws * thinning, like["collected"], num_draws) as bar:
         bar.update(done)
 
         def forward(num_draws: int, thinning: int, *, adapting: bool = False, keep: bool = True) -> None:
             """Make so many draws, and note what the host wants to know of them."""
             nonlocal now, done
             states, chunk = run(now.states, done, num_draws, thinning, adapting=adapting)
-            info, collected = jax.tree.map(lambda x: np.asarray(x)[:, :num_draws], chunk)
+            info = jax.tree.map(lambda x: np.asarray(x)[:, :num_draws], chunk[0])
             now = _Now(
                 states,
                 now.is_finite & info.is_finite.all(axis=1),
@@ -170,10 +186,10 @@ def sample(
             done += num_draws * thinning
             with contextlib.nullcontext() if checkpoint is None else _explain_full_disk(checkpoint, kept.num_draws):
                 if keep:
-                    kept.append((info, collected))
+                    kept.append(named(info, jax.tree.map(lambda x: np.asarray(x)[:, :num_draws], chunk[1])))
                 if checkpoints is not None:
                     checkpoints.save(done, now)
-            _report(bar, num_draws * thinning, info.loss[:, -1], now.is_finite, stability_warning(kernel, now.stiffness))
+            _report(bar, num_draws * thinning, info.loss[:, -1], now.is_finite, stability_warning(kernel, now.stiffness, done))
 
         # Where nothing adapts, warm-up is no other program.
         for end, adapting in ((num_warmup, type(kernel).adapt is not type(kernel).step), (before, False)):
@@ -183,19 +199,29 @@ def sample(
             length = min(capacity, num_draws - kept.num_draws)
             if precision is not None:
                 to_check = -kept.num_draws % check_every
-                if kept.num_draws and to_check == 0 and std_error(kept.read()[0].loss[now.is_finite]) <= precision:
+                if kept.num_draws and to_check == 0 and _is_precise(kept.read()["loss"][now.is_finite], precision):
                     break
                 length = min(length, to_check or check_every)
             forward(length, thinning)
     if not now.is_finite.any():
-        reason = stability_warning(kernel, now.stiffness) or (
+        reason = stability_warning(kernel, now.stiffness, done) or (
             f"take a smaller step_size (now {kernel.step_size}), a smaller nbeta or a larger localization, and check that the "
             "loss is finite around params"
         )
         raise InputError(f"all {num_chains} chains became non-finite: {reason}")
-    info, collected = kept.read()
+    arrays = kept.read()
+    collected = arrays.pop("collected")
     return Draws(
-        info, collected, now.is_finite, now.stiffness, now.num_gradients, now.states, kernel, num_warmup, num_burnin, thinning
+        Info(**arrays),
+        collected,
+        now.is_finite,
+        now.stiffness,
+        now.num_gradients,
+        now.states,
+        kernel,
+        num_warmup,
+        num_burnin,
+        thinning,
     )
 
 
@@ -256,8 +282,24 @@ class _Memory:
         return jax.tree.map(lambda x: x[:, : self.num_draws], self._arrays)
 
 
+def _is_precise(losses: Float[np.ndarray, "chain draw"], precision: float) -> bool:
+    """Whether the mean is known to this error; a series that does not vary, or a short one, does not tell."""
+    return losses.shape[1] >= 2 * MIN_DRAWS and 0 < std_error(losses) <= precision
+
+
 def _first_positive(values: Float[np.ndarray, "chain draw"]) -> Float[np.ndarray, " chain"]:
     return np.take_along_axis(values, (values > 0).argmax(axis=1)[:, None], axis=1)[:, 0]
+
+
+_RANGES = {
+    "friction": (0, np.inf),
+    "damping": (0, np.inf),
+    "num_leapfrog": (0, np.inf),
+    "max_tree_depth": (0, np.inf),
+    "decay": (0, 1),
+    "target_acceptance": (0, 1),
+}
+"""Open ranges of what kernels may have beside a step size."""
 
 
 @contextlib.contextmanager
@@ -301,9 +343,14 @@ def _check_kernel(kernel: Kernel, batches: Any) -> None:
             f"{name} needs the same data at every step, but was given {type(batches).__name__}: give FullBatch(data), or take "
             "a kernel for minibatches, such as SGLD"
         )
-    step_size = kernel.step_size(jnp.zeros((), int)) if callable(kernel.step_size) else kernel.step_size
-    if not jnp.all(jnp.asarray(step_size) > 0):
-        raise InputError(f"step_size must be positive, but is {step_size}")
+    # A schedule may start at 0.
+    sizes = step_sizes(kernel, 0)
+    if not np.all(sizes >= 0 if callable(kernel.step_size) else sizes > 0):
+        raise InputError(f"step_size must be positive, but is {kernel.step_size}")
+    for field, (low, high) in _RANGES.items():
+        value = np.asarray(getattr(kernel, field, low + (1 if high == np.inf else high) / 2))
+        if not np.all((value > low) & (value < high)):
+            raise InputError(f"{field} of {name} must be above {low} and below {high}, but is {value}")
 
 
 def _check_counts(minimum: int, counts: dict[str, Any]) -> None:

@@ -51,6 +51,11 @@ class Draws:
     thinning: int
 
     @property
+    def num_steps(self) -> int:
+        """Steps that every chain made."""
+        return self.num_warmup + self.num_burnin + self.thinning * self.loss.shape[1]
+
+    @property
     def loss(self) -> Float[np.ndarray, "chain draw"]:
         """Loss averaged over the steps of each draw, nats per example."""
         return np.asarray(self.info.loss)
@@ -63,8 +68,11 @@ class Draws:
         """
         import xarray
 
-        named = dict(_named({**{k: v for k, v in self.info._asdict().items() if v is not None}, "collected": self.collected}))
-        variables = {name: (("chain", "draw", *(f"{name}_dim_{i}" for i in range(x.ndim - 2))), x) for name, x in named.items()}
+        leaves = jax.tree_util.tree_leaves_with_path(named(self.info, self.collected))
+        arrays = {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in leaves}
+        variables = {
+            name: (("chain", "draw", *(f"{name}_dim_{i}" for i in range(x.ndim - 2))), x) for name, x in arrays.items()
+        }
         settings = {"num_warmup": self.num_warmup, "num_burnin": self.num_burnin, "thinning": self.thinning}
         return xarray.Dataset(variables, attrs=settings)
 
@@ -84,7 +92,8 @@ def read_draws(path: str | Path) -> dict[str, np.ndarray]:
     """Read the draws that a run with `checkpoint=path` has written so far, while it goes on or afterwards.
 
     Returns:
-        Memory maps with axes (chain, draw, *event), by name: those of `Info`, and `collected` with the path of each leaf.
+        Memory maps with axes (chain, draw, *event), by name: those of `Info`, and `collected` with the path of each leaf
+        (bfloat16 ones as raw bytes, which .npy has no name for).
 
     Raises:
         InputError: if there are none.
@@ -92,8 +101,15 @@ def read_draws(path: str | Path) -> dict[str, np.ndarray]:
     return read_arrays(Path(path) / "draws")
 
 
-def stability_warning(kernel: Kernel, stiffness: Float[np.ndarray, " chain"]) -> str | None:
+def named(info: Info, collected: PyTree) -> dict[str, Any]:
+    """Name what is kept of draws: the scalars of `Info`, and `collected`."""
+    return {**{name: value for name, value in info._asdict().items() if value is not None}, "collected": collected}
+
+
+def stability_warning(kernel: Kernel, stiffness: Float[np.ndarray, " chain"], num_steps: int) -> str | None:
     """Say that the step size is above the limit of stability that the chains' own traces show; None if it is not.
+
+    Of a schedule, the largest step size in `num_steps` counts.
 
     Unadjusted kernels are stable where step_size times the curvature of the potential is below 4. `Info.stiffness` never
     exceeds the largest curvature of a quadratic, and comes within a few percent of it in a chain that diverges.
@@ -102,7 +118,7 @@ def stability_warning(kernel: Kernel, stiffness: Float[np.ndarray, " chain"]) ->
         return None
     hot = np.asarray(stiffness)[np.asarray(stiffness) > 0]
     largest = float(np.median(hot)) if len(hot) else 0.0
-    step = float(np.max(np.asarray(kernel.step_size(0) if callable(kernel.step_size) else kernel.step_size)))
+    step = float(np.max(step_sizes(kernel, num_steps)))
     if not step * largest > _STABILITY:
         return None
     return (
@@ -111,10 +127,11 @@ def stability_warning(kernel: Kernel, stiffness: Float[np.ndarray, " chain"]) ->
     )
 
 
+def step_sizes(kernel: Kernel, num_steps: int) -> np.ndarray:
+    """Evaluate the step size, or a schedule of it at up to 65 of its steps."""
+    if not callable(kernel.step_size):
+        return np.asarray(kernel.step_size)
+    return np.array([float(kernel.step_size(int(t))) for t in np.unique(np.linspace(0, num_steps, 65).astype(int))])
+
+
 _STABILITY = 4
-
-
-def _named(tree: PyTree) -> list[tuple[str, Any]]:
-    return [
-        (jax.tree_util.keystr(path, simple=True, separator="."), x) for path, x in jax.tree_util.tree_leaves_with_path(tree)
-    ]

@@ -54,9 +54,9 @@ def start(target: LocalPosterior, params: Params, batch: Batch, step_size: Real)
     # The first sigma of a warm-up is the base measure's, and the first step in weights the one that was given.
     logs = jax.tree.map(lambda v: jnp.sum(jnp.log(v)) / 2, target.base.variance(position))
     log_step = jnp.log(step_size) - sum(jax.tree.leaves(logs)) / dimension(position)
-    _, *rest = _dual_averaging()[0](log_step + jnp.log(10.0))
+    _, _, *rest = _dual_averaging()[0](log_step + jnp.log(10.0))
     squares = jax.tree.map(jnp.zeros_like, position)
-    adaptation = Adaptation(jnp.zeros((), int), squares, (log_step, *rest))
+    adaptation = Adaptation(jnp.zeros((), int), squares, (log_step, log_step, *rest))
     return MetropolisState(position, loss, gradient, step_size, jax.tree.map(jnp.ones_like, position), adaptation)
 
 
@@ -130,6 +130,11 @@ def energy_error(target: LocalPosterior, first: Point, last: Point) -> Float[Arr
     base = target.base.potential(last.params) - target.base.potential(first.params)
     error = target.nbeta * (last.loss - first.loss) + base + kinetic
     return jnp.where(jnp.isnan(error), jnp.inf, error)
+
+
+def select(condition: Bool[Array, ""], yes: Point, no: Point) -> Point:
+    """Take one of two points."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
 
 
 def blend(total: Info, info: Info, fraction: Float[Array, ""]) -> Info:

@@ -18,6 +18,7 @@ from slt_interp.samplers.hamiltonian import (
     leapfrog,
     learn,
     mixed_step,
+    select,
     start,
     trial,
 )
@@ -94,12 +95,12 @@ class HMC:
         def advance(i: Array, carry: tuple) -> tuple:
             end, chosen, log_total, info, squares, acceptance = carry
             # First the points before the present one; then from the present one onward.
-            end = _select(i == num_backward, here, end)
+            end = select(i == num_backward, here, end)
             end = leapfrog(self.target, state.scale, end, jnp.where(i < num_backward, -time_step, time_step), batch)
             error = energy_error(self.target, here, end)
             log_total = jnp.logaddexp(log_total, -error)
             fraction = jnp.exp(-error - log_total)
-            chosen = _select(uniforms[i] < fraction, end, chosen)
+            chosen = select(uniforms[i] < fraction, end, chosen)
             new_info, new_squares = measure(end)
             squares = jax.tree.map(lambda a, b: a + jnp.where(fraction > 0, fraction * (b - a), 0.0), squares, new_squares)
             acceptance = acceptance + jnp.exp(-jnp.maximum(error, 0.0)) / self.num_leapfrog
@@ -108,9 +109,5 @@ class HMC:
         carry = (here, here, jnp.zeros_like(time_step), *measure(here), jnp.zeros_like(time_step))
         _, chosen, _, info, squares, acceptance = jax.lax.fori_loop(0, self.num_leapfrog, advance, carry)
         state = state._replace(params=chosen.params, loss=chosen.loss, gradient=chosen.gradient)
-        info = info._replace(num_gradients=jnp.full((), float(self.num_leapfrog)), acceptance=acceptance)
+        info = info._replace(num_gradients=self.num_leapfrog * info.num_gradients, acceptance=acceptance)
         return state, info, squares, is_whole
-
-
-def _select(condition: Bool[Array, ""], yes: Point, no: Point) -> Point:
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)

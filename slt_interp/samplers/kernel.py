@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
+from slt_interp.bases import BASES
 from slt_interp.data import Batch
 from slt_interp.posterior import LocalPosterior
 from slt_interp.tree import Params, dot
@@ -20,7 +21,8 @@ class Info(NamedTuple):
     """What a diagnosis needs of one step.
 
     All of it belongs to the state that was handed to `step`; `MALA` and `HMC` average it over the points of the step's
-    trajectory, with the probabilities of going there: the same expectation, with less noise.
+    trajectory, with the probabilities of going there: the same expectation, with less noise. (The spread of such averages is
+    smaller than that of the states.)
 
     Attributes:
         loss: loss on the step's batch, nats per example.
@@ -85,14 +87,19 @@ def inspect(
     felt = squared_force if metric is None else dot(gradient, jax.tree.map(jnp.multiply, metric, gradient))
     is_hot = virial > _HOT * jnp.asarray(target.dimension())
     grad_norm = jnp.sqrt(squared_force)
+    squared_distance = dot(displacement, displacement)
+    if isinstance(target.localization, BASES):
+        virial_localization = dot(displacement, target.base.gradient(params))
+    else:
+        virial_localization = jnp.asarray(target.localization) * squared_distance
     return Info(
         loss=loss,
         grad_norm=grad_norm,
-        squared_distance=dot(displacement, displacement),
+        squared_distance=squared_distance,
         virial=virial,
-        virial_localization=dot(displacement, target.base.gradient(params)),
+        virial_localization=virial_localization,
         stiffness=jnp.where(is_hot, felt / jnp.where(is_hot, virial, 1.0), 0.0),
-        num_gradients=jnp.ones(()),
+        num_gradients=jnp.full((), 1.0 if target.control is None else 2.0),
         is_finite=jnp.isfinite(loss) & jnp.isfinite(grad_norm),
     )
 

@@ -18,6 +18,7 @@ from slt_interp.samplers.hamiltonian import (
     leapfrog,
     learn,
     mixed_step,
+    select,
     start,
     trial,
 )
@@ -81,9 +82,6 @@ class MALA:
         probability: Float[Array, ""] = jnp.exp(-jnp.maximum(energy_error(self.target, here, there), 0.0))
         accepted = jax.random.uniform(test_key) < probability
 
-        def pick(new: Params, old: Params) -> Params:
-            return jax.tree.map(lambda a, b: jnp.where(accepted, a, b), new, old)
-
         info = blend(
             inspect(self.target, here.params, here.loss, here.gradient),
             inspect(self.target, there.params, there.loss, there.gradient),
@@ -92,6 +90,6 @@ class MALA:
         squares = jax.tree.map(
             lambda a, b: a**2 + jnp.where(probability > 0, probability * (b**2 - a**2), 0.0), here.gradient, there.gradient
         )
-        params, loss, gradient = pick((there.params, there.loss, there.gradient), (here.params, here.loss, here.gradient))
-        state = state._replace(params=params, loss=loss, gradient=gradient)
+        chosen = select(accepted, there, here)
+        state = state._replace(params=chosen.params, loss=chosen.loss, gradient=chosen.gradient)
         return state, info._replace(acceptance=probability), squares, is_whole

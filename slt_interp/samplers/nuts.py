@@ -91,7 +91,8 @@ class NUTS:
         params = self.target.hold(tree.z_proposal, state.params)
         # numpyro keeps the potential only.
         loss, gradient = self.target.value_and_grad(params, batch)
-        info = inspect(self.target, state.params, state.loss, state.gradient)._replace(
-            num_gradients=tree.num_proposals + jnp.ones(()), acceptance=tree.sum_accept_probs / tree.num_proposals
+        info = inspect(self.target, state.params, state.loss, state.gradient)
+        info = info._replace(
+            num_gradients=(tree.num_proposals + 1) * info.num_gradients, acceptance=tree.sum_accept_probs / tree.num_proposals
         )
         return state._replace(params=params, loss=loss, gradient=gradient), info

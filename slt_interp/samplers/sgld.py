@@ -68,7 +68,7 @@ class SGLD:
     full_batch: ClassVar[bool] = False
 
     def __post_init__(self):
-        if callable(self.step_size):
+        if callable(self.step_size) and not isinstance(self.step_size, jax.tree_util.Partial):
             # A pytree without leaves: the function is part of the program, as loss_fn is.
             object.__setattr__(self, "step_size", jax.tree_util.Partial(self.step_size))
 
@@ -80,19 +80,23 @@ class SGLD:
         """Start a chain at `params`, in float32 or better."""
         del batch
         position = self.target.position(params)
-        return SGLDState(position, jnp.zeros((), int), normal_like(key, position) if self.leimkuhler_matthews else None)
+        noise = self.target.restrict(normal_like(key, position)) if self.leimkuhler_matthews else None
+        return SGLDState(position, jnp.zeros((), int), noise)
 
     def step(self, key: Key[Array, ""], state: SGLDState, batch: Batch) -> tuple[SGLDState, Info]:
         """Make one transition, with one gradient on `batch`."""
         loss, gradient = self.target.value_and_grad(state.params, batch)
         step_size = self.step_size_at(state.num_steps)
-        drift_scale, noise_scale = 0.5 * step_size, jnp.sqrt(step_size)
-        noise = fresh = normal_like(key, state.params)
+        time_step = jnp.sqrt(step_size)
+        noise = self.target.restrict(normal_like(key, state.params))
         if self.leimkuhler_matthews:
-            noise = jax.tree.map(lambda old, new: (old + new) / 2, state.noise, fresh)
-        change = jax.tree.map(lambda g, z: noise_scale * z - drift_scale * g, gradient, self.target.restrict(noise))
-        params, _ = self.target.move(state.params, change)
-        new_state = SGLDState(params, state.num_steps + 1, fresh if self.leimkuhler_matthews else None)
-        return new_state, inspect(self.target, state.params, loss, gradient)
+            # SGHMC that forgets its velocity at once: half a step with the old noise, half a step with the new.
+            velocity = jax.tree.map(lambda z, g: z - time_step * g, state.noise, gradient)
+            params, _ = self.target.move(state.params, velocity, time_step / 2)
+            params, noise = self.target.move(params, noise, time_step / 2)
+        else:
+            velocity = jax.tree.map(lambda z, g: z - (time_step / 2) * g, noise, gradient)
+            params, noise = self.target.move(state.params, velocity, time_step)[0], None
+        return SGLDState(params, state.num_steps + 1, noise), inspect(self.target, state.params, loss, gradient)
 
     adapt = step

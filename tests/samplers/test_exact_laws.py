@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import scipy.optimize
+import scipy.stats
 
 from slt_interp import (
     HMC,
@@ -24,6 +25,7 @@ from slt_interp import (
     SGHMC,
     SGLD,
     SGNHT,
+    Box,
     FullBatch,
     LocalPosterior,
     Minibatches,
@@ -222,6 +224,38 @@ def test_minibatch_noise_enters_as_the_law_says(key, name, nbeta, localization, 
         key, kernel, params, Minibatches(x, size), relaxation=relaxation, num_chains=8, num_draws=60, extra_burnin=extra
     )
     check_law(draws, law(step_size, s, noise))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAWS)
+def test_control_variate_takes_the_noise_out_of_every_minibatch_kernel(key, name):
+    build, law = LAWS[name]
+    nbeta, localization = 100.0, 16.0
+    s = nbeta * CURVATURE + localization
+    step_size, size = 2.0 / s[0], 5
+    # The law above with this noise would be 1.5 times wider or more; here the noise does not depend on w, and drops out.
+    x = jax.random.normal(jax.random.key(7), (400, 1, 4))
+    x = (x - x.mean(axis=0)) * np.sqrt(size / step_size) / nbeta
+    params = jnp.zeros((1, 4))
+    target = LocalPosterior(quadratic, params, nbeta, localization).with_control_variate(x)
+    kernel = build(target, step_size)
+    if isinstance(kernel, SGNHT):
+        pytest.skip("SGNHT's law is for many coordinates")
+    relaxation = max(2 / (step_size * localization), max(10 / localization, 1) / np.sqrt(step_size))
+    draws = run_chains(key, kernel, params, Minibatches(x, size), relaxation=relaxation)
+    check_law(draws, law(step_size, s, 0.0))
+    np.testing.assert_array_equal(draws.num_gradients, 2 * draws.num_steps)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["MALA", "HMC", "NUTS"])
+def test_metropolis_kernels_have_the_truncated_law_in_a_box(key, name):
+    s, half_width = 100.0 * CURVATURE + 1e-30, 0.15
+    target = LocalPosterior(quadratic, jnp.zeros(4), 100.0, Box(-half_width, half_width))
+    kernel = METROPOLIS[name](target, 0.02 if name == "MALA" else 0.15)
+    draws = run_chains(key, kernel, jnp.zeros(4), FullBatch(None), relaxation={"MALA": 40, "HMC": 10, "NUTS": 3}[name])
+    bounds = half_width * np.sqrt(s)
+    check_law(draws, np.where(bounds > 1e-6, scipy.stats.truncnorm.var(-bounds, bounds) / s, half_width**2 / 3))
 
 
 METROPOLIS = {"MALA": MALA, "HMC": HMC, "NUTS": NUTS}
