@@ -200,7 +200,11 @@ class DrawFiles:
             with open(file, "r+b") as stream:
                 self._write_header(stream, leaf)
                 stream.seek(self.num_draws * self._row(leaf), os.SEEK_CUR)
-                stream.write(np.ascontiguousarray(np.swapaxes(values, 0, 1)).reshape(-1).view(np.uint8).data)
+                # A megabyte at a time: no second copy of the chunk.
+                piece = max(1, 2**20 // max(1, self._row(leaf)))
+                for start in range(0, values.shape[1], piece):
+                    rows = np.ascontiguousarray(np.swapaxes(values[:, start : start + piece], 0, 1))
+                    stream.write(rows.reshape(-1).view(np.uint8).data)
                 stream.flush()
                 os.fsync(stream.fileno())
         self.num_draws += leaves[0].shape[1]
