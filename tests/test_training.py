@@ -18,6 +18,7 @@ def loss_fn(params, batch):
 PARAMS = {"w": jnp.zeros(4), "b": jnp.zeros(())}
 
 
+@pytest.mark.slow
 def test_training_equals_a_plain_optax_loop(key):
     optimizer = optax.adam(0.05)
     batches = Minibatches(DATA, 10)

@@ -129,9 +129,10 @@ def stability_warning(kernel: Kernel, stiffness: Float[np.ndarray, " chain"], nu
 
 def step_sizes(kernel: Kernel, num_steps: int) -> np.ndarray:
     """Evaluate the step size, or a schedule of it at up to 65 of its steps."""
-    if not callable(kernel.step_size):
-        return np.asarray(kernel.step_size)
-    return np.array([float(kernel.step_size(int(t))) for t in np.unique(np.linspace(0, num_steps, 65).astype(int))])
+    step_size: Any = kernel.step_size
+    if not callable(step_size):
+        return np.asarray(step_size)
+    return np.array([np.asarray(step_size(int(t))) for t in np.unique(np.linspace(0, num_steps, 65).astype(int))])
 
 
 _STABILITY = 4

@@ -43,6 +43,7 @@ def test_predicted_step_bias_is_that_of_the_exact_law(key):
     assert abs(predicted_step_bias(key, target, 1e-3, points, None) - 1e-3 / 8 * 100 * 5.0) < 4 * error
 
 
+@pytest.mark.slow
 def test_minibatch_run_sees_the_whole_dataset_in_nbeta(key):
     data = jax.tree.map(lambda x: jnp.tile(x, (25, *[1] * (x.ndim - 1))), DATA)
     kernel = functools.partial(SGLD, step_size=2e-5)
@@ -51,6 +52,7 @@ def test_minibatch_run_sees_the_whole_dataset_in_nbeta(key):
     assert estimate.diagnostics["gradients_per_chain"] == 400
 
 
+@pytest.mark.slow
 def test_same_key_gives_the_same_estimate(key):
     first, second = (
         estimate_llc(key, regression, CENTER, DATA, num_chains=4, max_gradients=200, progress=False) for _ in range(2)
@@ -58,6 +60,7 @@ def test_same_key_gives_the_same_estimate(key):
     assert (first.llc, first.std_error, first.rhat) == (second.llc, second.std_error, second.rhat)
 
 
+@pytest.mark.slow
 def test_thin_arms_that_chains_miss_are_not_called_ok(key):
     # exp(-N (ab)^2 / 2 - |w|^2 / 2): exact E[N K] is .3813 at N = 1000; 6,000 SGLD steps do not explore it.
     estimate = estimate_llc(key, lambda w, b: 0.5 * jnp.prod(w) ** 2, jnp.zeros(2), None, nbeta=1000.0, progress=False)
@@ -102,17 +105,20 @@ def test_too_large_steps_are_named_by_the_virial(key):
     assert any("discretization or minibatch noise" in warning for warning in estimate.warnings)
 
 
+@pytest.mark.slow
 def test_unspread_flat_directions_are_named_by_the_virial(key):
     flat = estimate_llc(key, lambda w, b: 0.5 * w[0] ** 2, jnp.zeros(20), None, nbeta=1e5, max_gradients=400, progress=False)
     assert flat.status == "do not trust"
     assert any("flat directions have not spread" in warning for warning in flat.warnings)
 
 
+@pytest.mark.slow
 def test_constant_loss_has_llc_zero(key):
     estimate = estimate_llc(key, lambda w, b: 0.0 * jnp.sum(w), jnp.zeros(3), None, nbeta=10.0, progress=False)
     assert (estimate.llc, estimate.std_error, estimate.status) == (0.0, 0.0, "ok")
 
 
+@pytest.mark.slow
 def test_step_size_stays_below_half_the_limit_of_stability(key):
     # One stiff direction among many: the trace alone would allow a step at which it diverges.
     curvature = jnp.concatenate([jnp.array([1000.0]), jnp.full(500, 1e-2)])
@@ -121,6 +127,7 @@ def test_step_size_stays_below_half_the_limit_of_stability(key):
     assert 0 < step_size * (100.0 * 1000 + 1) <= 2.2  # 2, and what 12 power iterations may miss
 
 
+@pytest.mark.slow
 def test_step_size_does_not_depend_on_frozen_coordinates(key):
     # Displacing z by its base measure would multiply the curvature of a by exp(20 z).
     def loss_fn(params, batch):

@@ -30,6 +30,7 @@ def test_search_finds_the_circuit_of_the_handcrafted_network(key):
         assert np.sum(coordinates**2 * np.asarray(fit.alignment.masks[v])) > 0.95
 
 
+@pytest.mark.slow
 def test_network_that_computes_nothing_has_no_alignment(key):
     network = MLP((16, 16, 16, 16, 2))
     fit = fit_alignment(key, network, network.init(key), "layer3", (8, 8), draw_counterfactuals, num_steps=50, num_restarts=2)

@@ -80,6 +80,7 @@ def test_progress_bar_changes_no_bit(key, capsys):
     assert "sample" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(key, tmp_path):
     whole = run(key)
     run(key, num_draws=11, chunk_size=4, checkpoint=tmp_path / "run")
@@ -100,11 +101,13 @@ def test_checkpoint_of_another_run_is_refused_and_kept(key, tmp_path):
     assert_same(run(key), run(key, checkpoint=tmp_path / "run"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"block_size": 1}, {"block_size": 2}, {"block_size": 3}, {"block_size": 100}])
 def test_block_size_changes_rounding_only(key, settings):
     assert_close(run(key, num_chains=6), run(key, num_chains=6, **settings))
 
 
+@pytest.mark.slow
 def test_chain_does_not_depend_on_the_number_of_chains(key):
     many, few = run(key, num_chains=8), run(key, num_chains=3)
     first = jax.tree.map(lambda x: x[:3], (many.info, many.collected))
@@ -136,12 +139,14 @@ def test_info_belongs_to_the_collected_state(key):
     np.testing.assert_allclose(draws.loss, recomputed, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_loss_is_averaged_over_the_steps_of_a_draw(key):
     fine, coarse = run(key, thinning=1, num_draws=30), run(key, thinning=5, num_draws=6)
     np.testing.assert_allclose(fine.loss.reshape(4, 6, 5).mean(axis=2), coarse.loss, rtol=1e-5)
     np.testing.assert_array_equal(fine.collected["kernel"][:, 4::5], coarse.collected["kernel"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk_size", [3, 40, 1000])
 def test_precision_stops_a_run_at_the_same_draw_whatever_the_chunks(key, chunk_size, tmp_path):
     settings = {"num_draws": 400, "num_burnin": 50, "batches": FullBatch(DATA), "thinning": 1}
@@ -297,6 +302,7 @@ def test_hot_chain_that_never_overflows_is_named_too(key):
     assert any("above the limit of stability" in warning for warning in llc(hot, 0.0).warnings)
 
 
+@pytest.mark.slow
 def test_schedule_is_followed_step_by_step(key):
     schedule = optax.exponential_decay(1e-3, transition_steps=5, decay_rate=0.5)
     target = LocalPosterior(loss_fn, PARAMS, 20.0, 2.0)
@@ -327,6 +333,7 @@ def test_xarray_and_arviz_read_the_draws(key):
     assert float(arviz.ess(dataset)["loss"]) == pytest.approx(bulk_ess(draws.loss), rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lasting", range(1, 11, 3))
 def test_run_interrupted_in_warm_up_burn_in_or_draws_goes_on_bit_for_bit(key, tmp_path, monkeypatch, lasting):
     settings = {"num_warmup": 9, "num_burnin": 7, "num_draws": 12, "chunk_size": 4}
@@ -438,6 +445,7 @@ def squared_error(predict, params, batch):
     return jnp.mean((predict(params, batch["x"]) - batch["y"][:, None]) ** 2)
 
 
+@pytest.mark.slow
 def test_dict_nnx_and_linen_parameters_give_the_same_chain_bit_for_bit(key):
     graph, state = nnx.split(NnxModel(nnx.Rngs(0)), nnx.Param)
     plain = {"dense": nnx.to_pure_dict(state)["dense"]}
@@ -452,6 +460,7 @@ def test_dict_nnx_and_linen_parameters_give_the_same_chain_bit_for_bit(key):
     assert_same(runs["dict"], runs["linen"])
 
 
+@pytest.mark.slow
 def test_equinox_parameters_give_the_same_law(key):
     params, static = eqx.partition(eqx.nn.Linear(3, 1, key=key), eqx.is_inexact_array)
 

@@ -51,7 +51,10 @@ KERNELS = {
 every_kernel = pytest.mark.parametrize(
     "name",
     # numpyro's trees take the compiler long.
-    [pytest.param(name, marks=pytest.mark.slow if name == "NUTS" else ()) for name in KERNELS],
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in ("NUTS", "MALA", "SGLD, Leimkuhler-Matthews") else ())
+        for name in KERNELS
+    ],
 )
 
 
@@ -150,7 +153,8 @@ def test_kernels_stacked_over_nbeta_are_a_ladder(key, name):
             np.testing.assert_allclose(a[i], b, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name != "HMC" else ()) for name in KERNELS])
+@pytest.mark.slow
+@every_kernel
 def test_chunks_interruptions_and_other_numbers_change_no_bit_and_compile_nothing(key, name, tmp_path):
     kernel = build(name)
     whole = run(key, kernel, chunk_size=4)
