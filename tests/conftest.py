@@ -7,6 +7,11 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 4)
 
 
+def pytest_configure(config):
+    """Ask the compiler for less where it takes most of the time; with the slow tests, everything runs as it does for users."""
+    jax.config.update("jax_disable_most_optimizations", "not slow" in config.option.markexpr)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory):
     """Keep compiled programs of the command line out of the user's cache, and share them among the tests."""

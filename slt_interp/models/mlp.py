@@ -1,9 +1,9 @@
 """A multilayer perceptron in flax nnx, seen by the rest of the package as a pytree of weights and functions of it."""
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import jax
 from flax import nnx
@@ -34,15 +34,20 @@ class MLP:
         """Names of the hidden layers, whose activations follow the ReLU."""
         return tuple(f"layer{i + 1}" for i in range(len(self.widths) - 2))
 
-    @partial(jax.jit, static_argnums=0)
+    @functools.partial(jax.jit, static_argnums=0)
     def init(self, key: Key[Array, ""]) -> Params:
         """Draw initial weights (flax's defaults): {"layers": {i: {"kernel": (in, out), "bias": (out,)}}}."""
         return nnx.to_pure_dict(nnx.state(_Module(self.widths, nnx.Rngs(key)), nnx.Param))
 
     def apply(self, params: Params, inputs: Float[Array, "example input"], tap: Tap = no_tap) -> Float[Array, "example output"]:
         """Compute the logits, calling `tap` at every hidden layer."""
-        graph = nnx.graphdef(nnx.eval_shape(lambda: _Module(self.widths, nnx.Rngs(0))))
-        return nnx.merge(graph, params)(inputs, tap)
+        return nnx.merge(_graph(self), params)(inputs, tap)
+
+
+@functools.cache
+def _graph(network: MLP) -> nnx.GraphDef:
+    """Find the module's structure, without its weights."""
+    return nnx.graphdef(nnx.eval_shape(lambda: _Module(network.widths, nnx.Rngs(0))))
 
 
 class _Module(nnx.Module):

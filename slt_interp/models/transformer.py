@@ -3,9 +3,9 @@
 Layer norm comes before each block, positions are learned, attention is causal, and every block adds to one residual stream.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +67,7 @@ class Transformer:
         parts = (".pattern", ".heads", ".attention", ".neurons", ".mlp", "")
         return ("embed", *(f"layer{i + 1}{part}" for i in range(self.layers) for part in parts), "final")
 
-    @partial(jax.jit, static_argnums=0)
+    @functools.partial(jax.jit, static_argnums=0)
     def init(self, key: Key[Array, ""]) -> Params:
         """Draw initial weights (flax's defaults): {"tokens": ..., "positions": ..., "layers": {i: ...}, "norm": ..., ...}."""
         return nnx.to_pure_dict(nnx.state(_Module(self, nnx.Rngs(key)), nnx.Param))
@@ -80,8 +80,13 @@ class Transformer:
             raise InputError(
                 f"tokens have {tokens.shape[1]} positions, but the network has {self.length}: cut them, or raise length"
             )
-        graph = nnx.graphdef(nnx.eval_shape(lambda: _Module(self, nnx.Rngs(0))))
-        return nnx.merge(graph, params)(tokens, tap)
+        return nnx.merge(_graph(self), params)(tokens, tap)
+
+
+@functools.cache
+def _graph(network: Transformer) -> nnx.GraphDef:
+    """Find the module's structure, without its weights."""
+    return nnx.graphdef(nnx.eval_shape(lambda: _Module(network, nnx.Rngs(0))))
 
 
 class _Module(nnx.Module):
@@ -97,7 +102,7 @@ class _Module(nnx.Module):
         positions = self.positions(jnp.arange(tokens.shape[1]))
         stream = tap("embed", self.tokens(tokens) + positions)
         for i, layer in enumerate(self.layers):
-            stream = layer(stream, partial(_at_layer, tap, f"layer{i + 1}"))
+            stream = layer(stream, functools.partial(_at_layer, tap, f"layer{i + 1}"))
         return _rowwise(self.head, tap("final", _rowwise(self.norm, stream)))
 
 

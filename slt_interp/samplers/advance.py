@@ -83,7 +83,8 @@ def _run_block(
     """Do the work of `advance` for the chains of one device."""
     kernel, batches, collect, first_step, num_draws, thinning = shared
 
-    def step(key: Key[Array, ""], t: Array, state: Any) -> tuple[Any, Info]:
+    @jax.jit  # traced once, for its shapes and for the loop
+    def step(key: Key[Array, ""], t: Real, state: Any) -> tuple[Any, Info]:
         batch_key, step_key = jax.random.split(jax.random.fold_in(key, t))
         return (kernel.adapt if adapting else kernel.step)(step_key, state, batches(batch_key))
 
@@ -108,7 +109,8 @@ def _run_block(
 
         return jax.lax.fori_loop(0, num_draws, one_draw, (state, _zeros(kept_shape, capacity)))
 
-    return jax.lax.map(one_chain, (keys, states), batch_size=block_size)
+    # A block of one is not vectorized at all: what is batched takes longer to trace, and to run.
+    return jax.lax.map(one_chain, (keys, states), batch_size=None if block_size == 1 else block_size)
 
 
 @jax.jit

@@ -31,7 +31,13 @@ def exact_energy(nbeta, localization, step_size, noise_variance=0.0):
     return 0.5 * np.sum(k * (1 + step_size * noise_variance / 4) / (s * (1 - step_size * s / 4)))
 
 
-@pytest.mark.parametrize(("nbeta", "localization", "relative_step"), list(product((30.0, 100.0), (1.0, 5.0), (0.2, 1.5))))
+@pytest.mark.parametrize(
+    ("nbeta", "localization", "relative_step"),
+    [
+        pytest.param(*setting, marks=pytest.mark.slow if setting[1:] == (1.0, 0.2) else ())  # the longest burn-in
+        for setting in product((30.0, 100.0), (1.0, 5.0), (0.2, 1.5))
+    ],
+)
 def test_energy_and_llc_have_the_exact_discrete_time_mean(key, nbeta, localization, relative_step):
     step_size = relative_step / (nbeta * 4 + localization)
     draws = sample(
