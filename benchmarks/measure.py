@@ -218,7 +218,7 @@ def _bare(workload: Workload, mesh: jax.sharding.Mesh | None) -> Callable[[int],
         return jax.lax.fori_loop(0, num_steps, one_step, (params, jnp.zeros(())))
 
     def all_chains(keys: Array, shared: tuple) -> Any:
-        return jax.lax.map(partial(one_chain, *shared), keys, batch_size=block)
+        return jax.lax.map(partial(one_chain, *shared), keys, batch_size=None if block == 1 else block)
 
     run = all_chains
     if mesh is not None:
