@@ -3,6 +3,7 @@
 One target, the tempered local posterior; one `sample`; many readings.
 """
 
+from slt_interp import analytic
 from slt_interp.bases import Ball, Box, Gaussian
 from slt_interp.curvature.spectrum import Spectrum, estimate_spectrum
 from slt_interp.data import FullBatch, Minibatches
@@ -36,6 +37,7 @@ __all__ = [
     "Minibatches",
     "RMSPropSGLD",
     "Spectrum",
+    "analytic",
     "chain_mesh",
     "estimate_llc",
     "estimate_spectrum",

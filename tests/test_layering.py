@@ -40,6 +40,8 @@ BELOW = {
     ("tree", "noise"),
     ("data", "noise"),
     ("posterior", "bases"),
+    ("analytic", "bases"),
+    ("analytic", "posterior"),
     ("storage", "errors"),
     ("taps", "tree"),
     ("report", "studies"),

@@ -1,0 +1,134 @@
+"""Every problem of the catalogue against plain Monte Carlo on its own loss, and what a minimum must be."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from slt_interp import analytic
+from slt_interp.errors import InputError
+from slt_interp.tree import normal_like
+
+CATALOGUE = analytic.catalogue()
+SMALL = [name for name, problem in CATALOGUE.items() if problem.dimension <= 40]
+
+
+def excess(problem, draws):
+    losses = jax.lax.map(lambda w: problem.loss_fn(w, problem.data), draws, batch_size=1000)
+    return np.asarray(losses, np.float64) - float(problem.loss_fn(problem.center, problem.data))
+
+
+def gaussian_draws(problem, key, scale):
+    keys = jax.random.split(key, 40_000)
+    return jax.vmap(lambda k: jax.tree.map(lambda c, z: c + scale * z, problem.center, normal_like(k, problem.center)))(keys)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_center_is_a_minimum_and_nothing_near_it_is_lower(key, name):
+    problem = CATALOGUE[name]
+
+    def near(key):
+        step = normal_like(key, problem.center)
+        if problem.base is not None and problem.base.is_bounded:
+            step = jax.tree.map(jnp.abs, step)
+        return problem.loss_fn(jax.tree.map(lambda c, z: c + 1e-2 * z, problem.center, step), problem.data)
+
+    @jax.jit
+    def measure(keys):
+        return jax.value_and_grad(problem.loss_fn)(problem.center, problem.data), jax.lax.map(near, keys)
+
+    (loss, gradient), others = measure(jax.random.split(key, 10))
+    scale = max(float(loss), 1.0)
+    assert all(float(jnp.abs(g).max()) < 1e-6 * scale for g in jax.tree.leaves(gradient))  # float32
+    assert float(others.min()) >= float(loss) - 1e-6 * scale
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in SMALL if CATALOGUE[name].energy])
+def test_energy_is_that_of_weighted_draws(key, name):
+    problem, localization = CATALOGUE[name], 2.0
+    k = excess(problem, gaussian_draws(problem, key, localization**-0.5))
+    nbeta = 1 / np.mean(k)  # so that the weights do not degenerate
+    weights = np.exp(-nbeta * k)
+    weights /= weights.sum()
+    mean = np.sum(weights * nbeta * k)
+    error = np.sqrt(np.sum(weights**2 * (nbeta * k - mean) ** 2))
+    assert error < 0.1 * mean
+    assert abs(problem.energy(nbeta, localization) - mean) < 4 * error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in SMALL if CATALOGUE[name].log_volume and CATALOGUE[name].base])
+def test_volume_and_partition_function_are_those_of_draws_from_the_base(key, name):
+    problem = CATALOGUE[name]
+    keys = jax.random.split(key, 40_000)
+    k = excess(problem, jax.vmap(lambda k: problem.base.sample(k, problem.center))(keys))
+    threshold = np.quantile(k, 0.2)
+    share = np.mean(k <= threshold)
+    assert abs(np.exp(problem.log_volume(threshold)) - share) < 4 * np.sqrt(share / len(k))
+    if problem.log_partition is not None:
+        nbeta = 1 / np.mean(k)
+        boltzmann = np.exp(-nbeta * k)
+        assert abs(np.exp(problem.log_partition(nbeta)) - boltzmann.mean()) < 4 * boltzmann.std() / np.sqrt(len(k))
+
+
+def test_energies_tend_to_the_learning_coefficient():
+    for problem in CATALOGUE.values():
+        if problem.energy and problem.multiplicity == 1 and problem.rlct:
+            # The leading term of the error is a power of 1 / nbeta, the cusp's the slowest: 1000^(-1/12) = .56.
+            far, further = (abs(problem.energy(nbeta, 1.0) / problem.rlct - 1) for nbeta in (1e6, 1e9))
+            assert further < max(0.6 * far, 1e-5), problem.name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("widths", "rank"), [([4, 4, 4], 1), ([5, 3, 4], 2), ([4, 6, 5, 3], 2)])
+def test_smooth_point_has_the_jacobian_rank_of_its_neighborhood(key, widths, rank):
+    problem = analytic.deep_linear(key, widths, rank, point="smooth")
+
+    def product(params):
+        total = params[0]
+        for w in params[1:]:
+            total = w @ total
+        return total
+
+    def jacobian(params):
+        blocks = jax.tree.leaves(jax.jacobian(product)(params))
+        return np.concatenate([np.asarray(b).reshape(product(params).size, -1) for b in blocks], axis=1)
+
+    at_center = np.linalg.matrix_rank(jacobian(problem.center), tol=1e-4)
+    assert at_center == 2 * problem.rlct
+    # Move along the fibre, by Newton steps back to it: the rank stays, so that the fibre is a manifold of that codimension.
+    near = jax.tree.map(lambda w, z: w + 0.1 * z, problem.center, normal_like(key, problem.center))
+    flat, unravel = jax.flatten_util.ravel_pytree(near)
+    for _ in range(20):
+        residual = np.asarray(product(unravel(flat)) - product(problem.center)).ravel()
+        flat = flat - np.linalg.pinv(jacobian(unravel(flat)), rcond=1e-3) @ residual
+    assert np.abs(product(unravel(flat)) - product(problem.center)).max() < 1e-5
+    assert np.linalg.matrix_rank(jacobian(unravel(flat)), tol=1e-3) == at_center
+
+
+def test_rotation_changes_no_loss(key):
+    block = analytic.Product((1, 1), (1, 1))
+    plain = analytic.sum_of_products([block] * 3, name="plain")
+    rotated = analytic.sum_of_products([block] * 3, key=key, name="rotated")
+    w = jax.random.normal(key, (6,))
+    rotation = rotated.loss_fn.rotation
+    np.testing.assert_allclose(rotation @ rotation.T, np.eye(6), atol=1e-6)
+    assert float(rotated.loss_fn(w, None)) == pytest.approx(float(plain.loss_fn(rotation @ w, None)), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: analytic.deep_linear(jax.random.key(0), [3, 2, 3], 3), "rank up to the smallest"),
+        (lambda: analytic.deep_linear(jax.random.key(0), [3, 2, 3], 1, point="flat"), '"deepest" or "smooth"'),
+        (lambda: analytic.deep_linear_local_rlct([3, 2, 3], 0, 2, 2), "no factors of ranks 2 and 2"),
+        (lambda: analytic.vandermonde_rlct(0, 1), "must be at least 1"),
+        (lambda: analytic.toy_superposition(4), "5 or 6"),
+        (lambda: analytic.sum_of_products([analytic.Product((1, 1), (1,))], name="x"), "as many positive dims"),
+    ],
+)
+def test_bad_input_is_one_sentence(make, message):
+    with pytest.raises(InputError, match=message):
+        make()
