@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from slt_interp.bases import BASES, Base, Gaussian
@@ -190,24 +191,26 @@ def check_target(target: LocalPosterior, params: Params, batch: Batch) -> None:
             f"loss_fn must return a real scalar, the mean loss per example in nats, but returned {given}: take the "
             "mean over the batch and return nothing else"
         )
-    if not jnp.all((jnp.asarray(target.nbeta) >= 0) & jnp.isfinite(jnp.asarray(target.nbeta))):
+    # In numpy: every operation on JAX arrays would be a program of its own in a new process.
+    if not np.all((np.asarray(target.nbeta) >= 0) & np.isfinite(np.asarray(target.nbeta))):
         raise InputError(f"nbeta must be finite and not negative, but is {target.nbeta}: n / log n is customary")
+    if not isinstance(target.localization, BASES):
+        if not np.all(np.asarray(target.localization) > 0):
+            raise InputError(
+                f"localization must be positive, but is {target.localization}: without it flat directions have no bound; "
+                "1 to 1000 is customary"
+            )
+        return
     variances = jax.tree.leaves(target.base.variance(target.position(params)))
-    if isinstance(target.localization, BASES) and not all(bool(jnp.all((v > 0) & jnp.isfinite(v))) for v in variances):
+    if not all(bool(jnp.all((v > 0) & jnp.isfinite(v))) for v in variances):
         raise InputError(
             f"the base measure, a {type(target.base).__name__}, must have a positive finite width in every coordinate: "
             "check its scale, walls or radius"
         )
-    if isinstance(target.localization, BASES):
-        if target.base.is_bounded and not jnp.isfinite(target.base.potential(target.position(params))):
-            raise InputError(
-                f"params lie outside the base measure, a {type(target.base).__name__}: chains start at params, so widen or "
-                "move the base measure until it holds them"
-            )
-    elif not jnp.all(jnp.asarray(target.localization) > 0):
+    if target.base.is_bounded and not jnp.isfinite(target.base.potential(target.position(params))):
         raise InputError(
-            f"localization must be positive, but is {target.localization}: without it flat directions have no bound; "
-            "1 to 1000 is customary"
+            f"params lie outside the base measure, a {type(target.base).__name__}: chains start at params, so widen or "
+            "move the base measure until it holds them"
         )
 
 
