@@ -7,7 +7,10 @@ from slt_interp import analytic
 from slt_interp.bases import Ball, Box, Gaussian
 from slt_interp.curvature.spectrum import Spectrum, estimate_spectrum
 from slt_interp.data import FullBatch, Minibatches
-from slt_interp.estimators.llc import LLCEstimate, estimate_llc, llc, mean_loss
+from slt_interp.estimators.estimate import estimate_llc
+from slt_interp.estimators.information import Information, information, keep_example_losses, wbic
+from slt_interp.estimators.llc import LLCEstimate, keep_energy, llc, mean_loss
+from slt_interp.estimators.sweep import Sweep, calibration_sweep
 from slt_interp.posterior import LocalPosterior
 from slt_interp.probes.draws import over_draws
 from slt_interp.samplers.chains import chain_mesh, sample
@@ -32,19 +35,26 @@ __all__ = [
     "Draws",
     "FullBatch",
     "Gaussian",
+    "Information",
     "LLCEstimate",
     "LocalPosterior",
     "Minibatches",
     "RMSPropSGLD",
     "Spectrum",
+    "Sweep",
     "analytic",
+    "calibration_sweep",
     "chain_mesh",
     "estimate_llc",
     "estimate_spectrum",
+    "information",
+    "keep_energy",
+    "keep_example_losses",
     "keep_params",
     "llc",
     "mean_loss",
     "over_draws",
     "read_draws",
     "sample",
+    "wbic",
 ]

@@ -1,6 +1,7 @@
-"""Settings that a sampler can derive for itself. Simple for now: one step size from the curvature that is met."""
+"""Settings that can be derived: nbeta, the window of localizations, and SGLD's step size from the curvature that is met."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from slt_interp.curvature.operators import hvp
+from slt_interp.curvature.spectrum import Spectrum
 from slt_interp.data import Batch
 from slt_interp.errors import InputError
 from slt_interp.posterior import LocalPosterior
@@ -28,6 +30,63 @@ def customary_nbeta(num_examples: int | None) -> float:
             "inverse temperature"
         )
     return num_examples / float(np.log(num_examples))
+
+
+class Window(NamedTuple):
+    """Localizations between which an LLC is both local and nearly unbiased.
+
+    Attributes:
+        lowest: below it flat directions spread further than 0.3 times the norm of the weights; NaN for weights of norm 0.
+        highest: above it the localization takes more than 2 % from what curvature resolves; infinite if it resolves nothing.
+        localization: the lowest, or a tenth of the highest where curvature resolves every direction; 1, in units of the
+            weights, where all of these are zero.
+        note: why there is no window, in words; None if there is one.
+    """
+
+    lowest: float
+    highest: float
+    localization: float
+    note: str | None
+
+
+def local_window(spectrum: Spectrum, nbeta: float, center_norm: float) -> Window:
+    """Find the localizations at which an LLC estimate is about the neighborhood of the weights and hardly biased.
+
+    With k = nbeta h: `highest` is the largest gamma with sum gamma / (k + gamma) <= 2 % of sum k / (k + gamma) over the
+    directions with k > 1 and h above ten times its Lanczos residual; `lowest` is the smallest with
+    (sum gamma / (k + gamma)^2)^(1/2) <= 0.3 |w*| over all directions.
+    """
+    k, weights, is_resolved = _resolved(spectrum, nbeta)
+    gammas = np.geomspace(1e-9, 1e15, 2401)[:, None]
+    taken = np.sum(np.where(is_resolved, weights * gammas / (k + gammas), 0.0), axis=1)
+    left = np.sum(np.where(is_resolved, weights * k / (k + gammas), 0.0), axis=1)
+    highest = float(gammas[taken <= 0.02 * left].max(initial=gammas[0, 0])) if is_resolved.any() else np.inf
+    if center_norm == 0:
+        note = "the weights are all zero and set no scale: the localization is 1 in their units; give one that fits the problem"
+        return Window(np.nan, highest, 1.0, note)
+    spread = np.sqrt(np.sum(weights * gammas / (k + gammas) ** 2, axis=1))
+    lowest = float(gammas[spread <= 0.3 * center_norm].min(initial=gammas[-1, 0]))
+    if lowest <= highest:
+        # Where curvature resolves every direction nothing asks for a weak localization, and a stronger one bars other minima.
+        is_regular = np.sum(weights[~is_resolved]) < 0.5
+        return Window(lowest, highest, max(lowest, highest / 10) if is_regular else lowest, None)
+    note = (
+        f"there is no local window at this nbeta: a localization of {lowest:.3g} or more keeps the chains near the weights, "
+        f"one of {highest:.3g} or less leaves the estimate as it is; {lowest:.3g} was taken, and a larger nbeta would open it"
+    )
+    return Window(lowest, highest, lowest, note)
+
+
+def resolved_localization_effect(spectrum: Spectrum, nbeta: float, localization: float) -> tuple[float, float]:
+    """Predict what the localization does to E[nbeta (L - L*)] in the directions that curvature resolves.
+
+    Returns:
+        The bias, -1/2 sum gamma / (k + gamma), and the slope in log gamma, -1/2 sum k gamma / (k + gamma)^2.
+    """
+    k, weights, is_resolved = _resolved(spectrum, nbeta)
+    k, weights = k[is_resolved], weights[is_resolved]
+    ratio = localization / (k + localization)
+    return float(-0.5 * np.sum(weights * ratio)), float(-0.5 * np.sum(weights * ratio * (1 - ratio)))
 
 
 def settled_step_size(
@@ -80,6 +139,13 @@ def predicted_step_bias(key: Key[Array, ""], target: LocalPosterior, step_size: 
     """
     traces = _measure_curvature(key, target, points, batch)[2]
     return float(step_size) * float(target.nbeta) * float(jnp.mean(traces)) / 8
+
+
+def _resolved(spectrum: Spectrum, nbeta: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return k = nbeta h, how many directions each stands for, and whether curvature resolves them."""
+    values = np.maximum(spectrum.ritz_values, 0.0)
+    is_resolved = (nbeta * values > 1) & (values > 10 * spectrum.residuals)
+    return (nbeta * values).ravel(), (spectrum.weights / len(values)).ravel(), is_resolved.ravel()
 
 
 _PILOT_ROUNDS, _PILOT_CHAINS, _PILOT_STEPS = 2, 4, 100

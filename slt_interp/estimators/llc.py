@@ -6,34 +6,26 @@ At finite nbeta and localization this estimates E[nbeta (L - L*)], not the learn
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key, PyTree
+from jaxtyping import Array, Float
 
 from slt_interp.bases import BASES
-from slt_interp.data import Batch, FullBatch, Minibatches, map_blocks, num_examples
+from slt_interp.data import Batch, map_blocks, num_examples
 from slt_interp.errors import InputError
-from slt_interp.estimators.calibration import customary_nbeta, predicted_step_bias, settled_step_size
-from slt_interp.posterior import LocalPosterior, LossFn, check_target
-from slt_interp.samplers.chains import chain_mesh, sample
+from slt_interp.posterior import LocalPosterior, LossFn
 from slt_interp.samplers.diagnostics import MIN_DRAWS, bulk_ess, drift, effective_sample_size, split_rhat, std_error, tail_ess
 from slt_interp.samplers.draws import Draws, stability_warning
-from slt_interp.samplers.kernel import Kernel
-from slt_interp.samplers.sgld import SGLD
-from slt_interp.tree import Params, check_key
+from slt_interp.samplers.kernel import Info
+from slt_interp.tree import Params, dot
 
 OK = "ok"
 NOT_EQUILIBRATED = "flat directions not equilibrated"
 DO_NOT_TRUST = "do not trust"
-
-_MAX_FULL_BATCH = 8192
-_BATCH_SIZE = 512
-_PILOT_STEPS = 20
-_MAX_DRAWS = 1000
 
 
 @dataclass(frozen=True)
@@ -54,6 +46,11 @@ class LLCEstimate:
         warnings: every reason for doubt, with the knob to turn.
         diagnostics: numbers behind the warnings; `virial` should be 1, is the sum of its two parts,
             and NaN for bounded base measures.
+        companions: other estimates from the same chains, by name: (value, standard error). `variance` is nbeta^2 Var(L), which
+            needs no L(w*) and equals the LLC where nbeta (L - L*) is gamma distributed; `multiplicity corrected` is
+            E + (E - Var) log nbeta, nearer to the learning coefficient where its multiplicity is above 1;
+            `localization doubled` is what the estimate would be at twice the localization, to first order. The first two
+            are for losses on full batches, and all are missing unless `sample` collected with `keep_energy`.
     """
 
     llc: float
@@ -68,6 +65,7 @@ class LLCEstimate:
     status: str
     warnings: tuple[str, ...]
     diagnostics: dict[str, float]
+    companions: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         head = (
@@ -107,6 +105,7 @@ def llc(draws: Draws, init_loss: float, *, init_loss_std_error: float = 0.0) -> 
     virial, virial_localization = known * info.virial / dimension, known * info.virial_localization / dimension
     change, change_error = drift(energy)
     estimate = {
+        "nbeta": nbeta,
         "llc": float(energy.mean()),
         "std_error": float(np.hypot(std_error(energy), nbeta * init_loss_std_error)),
         "ess": effective_sample_size(energy),
@@ -138,12 +137,24 @@ def llc(draws: Draws, init_loss: float, *, init_loss_std_error: float = 0.0) -> 
         per_chain=energy.mean(axis=1),
         init_loss=float(init_loss),
         init_loss_std_error=float(init_loss_std_error),
-        nbeta=nbeta,
         localization=localization,
         status=DO_NOT_TRUST if severe else NOT_EQUILIBRATED if soft else OK,
         warnings=(*severe, *soft, *notes),
         diagnostics=diagnostics,
+        companions=_companions(draws, finite, nbeta, init_loss, estimate) if isinstance(draws.collected, Energy) else {},
     )
+
+
+class Energy(NamedTuple):
+    """Loss and squared distance from the center of a state itself, where `Info` has averages over trajectories."""
+
+    loss: Float[Array, ""]
+    squared_distance: Float[Array, ""]
+
+
+def keep_energy(target: LocalPosterior) -> Callable[[Any, Info], Energy]:
+    """Make the `collect` with which draws give an LLC's companions; for kernels on full batches."""
+    return jax.tree_util.Partial(_energy, target)
 
 
 def mean_loss(loss_fn: LossFn, params: Params, data: Batch, *, block_size: int = 4096) -> tuple[float, float]:
@@ -169,107 +180,28 @@ def mean_loss(loss_fn: LossFn, params: Params, data: Batch, *, block_size: int =
     return float(np.average(losses, weights=counts)), float(error)
 
 
-def estimate_llc(
-    key: Key[Array, ""],
-    loss_fn: LossFn,
-    params: Params,
-    data: Batch,
-    *,
-    nbeta: float | None = None,
-    localization: float | None = None,
-    kernel: Callable[[LocalPosterior], Kernel] | None = None,
-    mask: PyTree[Array] | None = None,
-    num_chains: int = 16,
-    max_gradients: int | None = None,
-    progress: bool = True,
-) -> LLCEstimate:
-    """Estimate the local learning coefficient at trained weights.
-
-    Args:
-        key: typed PRNG key.
-        loss_fn: `(params, batch) -> scalar`, mean negative log-likelihood per example, nats.
-        params: the trained weights w*, a pytree of floating arrays.
-        data: a pytree of arrays with a leading example axis; None if the loss ignores its batch.
-        nbeta: inverse temperature times n; n / log n by default, which needs data.
-        localization: gamma; 1 by default, which is in squared inverse units of *your* weights and may neither keep chains
-            near them nor let flat directions equilibrate in time: the warnings say when it did not.
-        kernel: maps the target to a kernel, as `functools.partial(SGLD, step_size=1e-5)`; by default SGLD with a
-            step from the curvature around `params`.
-        mask: which coordinates are sampled; see `LocalPosterior`.
-        num_chains: independent chains.
-        max_gradients: gradients per chain, 6,000 by default; a quarter of them is dropped, half as warm-up and half as
-            burn-in. Full-batch kernels make 20 steps more, to find out how many gradients a step takes.
-        progress: whether to show a progress bar.
-
-    Returns:
-        An `LLCEstimate`; `print` it. `std_error` is Monte Carlo error; what the step size is predicted to add is in
-        `diagnostics["predicted_step_bias"]`, and in the warnings where it is larger. Up to 8,192 examples every step uses
-        all of them, beyond that 512 at random.
-
-    Raises:
-        InputError, TypeError, ValueError: one sentence for what cannot be used; see `check_target`.
-
-    >>> from slt_interp import estimate_llc
-    >>> def loss_fn(w, batch): return 0.5 * jnp.sum(w**2)
-    >>> estimate = estimate_llc(jax.random.key(0), loss_fn, jnp.zeros(4), None, nbeta=1000.0, progress=False)
-    >>> abs(estimate.llc - 2.0) < 4 * estimate.std_error + 0.1  # 4 directions; SGLD's step bias is about 5 %
-    True
-    """
-    check_key(key)
-    count = None if data is None else num_examples(data)
-    nbeta = customary_nbeta(count) if nbeta is None else nbeta
-    if not np.all(np.asarray(nbeta) > 0):
-        raise InputError(f"nbeta must be positive, but is {nbeta}: n / log n is customary")
-    budget = 6000 if max_gradients is None else max_gradients
-    if budget < 1:
-        raise InputError(f"max_gradients must be at least 1, but is {max_gradients}: 6000 is the default")
-    target = LocalPosterior(loss_fn, params, nbeta, 1.0 if localization is None else localization, mask)
-    chain_key, step_key, bias_key, batch_key = jax.random.split(key, 4)
-    check_target(target, params, data)
-    chosen: Kernel | None = None if kernel is None else kernel(target)
-    full = count is None or count <= _MAX_FULL_BATCH or (chosen is not None and chosen.full_batch)
-    batches = FullBatch(data) if full else Minibatches(data, _BATCH_SIZE)
-    if chosen is None:
-        chosen = SGLD(target, settled_step_size(step_key, target, params, batches))
-    run = functools.partial(
-        sample, chain_key, chosen, params, batches, num_chains=num_chains, mesh=chain_mesh(num_chains), progress=progress
-    )
-    steps = budget
-    if chosen.full_batch:
-        # Some take many gradients per step, and NUTS as many as it likes.
-        pilot = run(num_draws=1, num_warmup=_PILOT_STEPS)
-        steps = max(1, int(budget * (_PILOT_STEPS + 1) / np.mean(pilot.num_gradients)))
-    num_draws = min(_MAX_DRAWS, steps - steps // 4)
-    thinning = (steps - steps // 4) // num_draws
-    num_warmup = steps // 8
-    draws = run(
-        num_draws=num_draws, num_warmup=num_warmup, num_burnin=steps - num_draws * thinning - num_warmup, thinning=thinning
-    )
-    init_loss, _ = mean_loss(loss_fn, params, data)
-    estimate = llc(draws, init_loss)
-    if not isinstance(chosen, SGLD) or chosen.leimkuhler_matthews:
-        return estimate
-    finite = jax.tree.map(lambda x: x[np.flatnonzero(draws.is_finite)], draws.state.params)
-    step_size = float(jnp.mean(jax.vmap(chosen.step_size_at)(jnp.arange(steps - num_draws * thinning, steps))))
-    return _with_step_bias(estimate, predicted_step_bias(bias_key, target, step_size, finite, batches(batch_key)))
+def _energy(target: LocalPosterior, state: Any, info: Info) -> Energy:
+    displacement = target.restrict(target.displacement(state.params))
+    return Energy(getattr(state, "loss", info.loss), dot(displacement, displacement))
 
 
-def _with_step_bias(estimate: LLCEstimate, bias: float) -> LLCEstimate:
-    """Add what discretization is predicted to add, with a warning where the error bar does not cover it."""
-    diagnostics = {**estimate.diagnostics, "predicted_step_bias": bias}
-    if abs(bias) <= max(estimate.std_error, 1e-3 * abs(estimate.llc)):
-        return replace(estimate, diagnostics=diagnostics)
-    warning = (
-        f"discretization is predicted to add {bias:+.2g} to the estimate (minibatch noise not counted), which the error bar "
-        "does not show: take a smaller step_size, with max_gradients raised in proportion"
-    )
-    severe = abs(bias) > _STEP_BIAS_LIMIT * abs(estimate.llc)
-    return replace(
-        estimate,
-        diagnostics=diagnostics,
-        warnings=(*estimate.warnings, warning),
-        status=DO_NOT_TRUST if severe else estimate.status,
-    )
+def _companions(
+    draws: Draws, finite: np.ndarray, nbeta: float, init_loss: float, estimate: dict[str, float]
+) -> dict[str, tuple[float, float]]:
+    losses, distances = (np.asarray(x)[finite].astype(np.float64) for x in draws.collected)
+    energy = nbeta * (losses - init_loss)
+    deviation = energy - energy.mean()
+    corrected = energy + (energy - deviation**2) * np.log(nbeta)
+    found = {
+        "variance": (float(np.mean(deviation**2)), std_error(deviation**2)),
+        "multiplicity corrected": (float(corrected.mean()), std_error(corrected)),
+    }
+    localization = _number(draws.kernel.target.localization)
+    if not np.isnan(localization):
+        # d E / d log gamma = -Cov(nbeta K, gamma |w - w*|^2 / 2)
+        slope = -np.log(2) * deviation * localization / 2 * (distances - distances.mean())
+        found["localization doubled"] = (estimate["llc"] + float(slope.mean()), std_error(slope))
+    return found
 
 
 @functools.partial(jax.jit, static_argnames=("loss_fn", "size"))
@@ -288,8 +220,9 @@ def _judge(estimate: dict[str, float], diagnostics: dict[str, Any]) -> tuple[lis
         )
     if llc < -2 * error:
         severe.append(
-            f"the estimate is negative ({llc:.3g}): the chains found lower loss than at the center, which is then no "
-            "minimum; polish the weights, or raise the localization"
+            f"the estimate is negative ({llc:.3g}): the chains found a loss lower by {-llc / estimate['nbeta']:.3g} nats at a "
+            f"distance of {diagnostics['rms_distance']:.3g} from the center, which is then no minimum; polish the weights, or "
+            "raise the localization"
         )
     virial, virial_error = diagnostics["virial"], diagnostics["virial_std_error"]
     is_known = not np.isnan(virial)
@@ -329,9 +262,6 @@ def _judge(estimate: dict[str, float], diagnostics: dict[str, Any]) -> tuple[lis
 
 _VIRIAL_TOLERANCE = 0.05
 """Measured over 410 runs: |virial - 1| > .05 catches 91 % of the wrong estimates, with 22 % false alarms."""
-
-_STEP_BIAS_LIMIT = 0.03
-"""Three times what the default step size is chosen for."""
 
 _ACCEPTANCE_LIMIT = 0.1
 

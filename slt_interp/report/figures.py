@@ -5,9 +5,13 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
+
+from slt_interp.estimators.llc import DO_NOT_TRUST
+from slt_interp.estimators.sweep import Sweep
 
 Numbers = Float[np.ndarray, " i"]
 
@@ -47,6 +51,27 @@ def training_curve(
     left.set(ylabel="loss above its floor (nats)", title="Loss")
     right.set(ylabel="share answered wrong", title="Error on fresh examples")
     left.legend()
+    return figure
+
+
+def calibration_sweep(sweep: Sweep) -> Figure:
+    """Plot the LLC over step sizes, a line for each nbeta and a panel for each localization; open marks are not to be trusted.
+
+    Values are shown with two standard errors; points where every chain diverged are left out.
+    """
+    figure, all_axes = _axes(len(sweep.localizations), sharey=True)
+    colors = colormaps["viridis"](np.linspace(0, 0.85, len(sweep.nbetas)))
+    for k, axes in enumerate(all_axes):
+        for j, nbeta in enumerate(sweep.nbetas):
+            values, errors, status = sweep.llc[:, j, k], sweep.std_error[:, j, k], sweep.status[:, j, k]
+            axes.errorbar(sweep.step_sizes, values, 2 * errors, color=colors[j], label=f"nbeta {nbeta:.3g}", capsize=2)
+            for trusted in (True, False):
+                chosen = (status != DO_NOT_TRUST) == trusted
+                fill = colors[j] if trusted else "white"
+                axes.plot(sweep.step_sizes[chosen], values[chosen], "o", color=colors[j], markersize=5, markerfacecolor=fill)
+        axes.set(xscale="log", xlabel="step size", title=f"localization {sweep.localizations[k]:.3g}")
+    all_axes[0].set_ylabel("LLC (open marks: not to be trusted)")
+    all_axes[0].legend()
     return figure
 
 

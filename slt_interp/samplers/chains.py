@@ -57,6 +57,7 @@ def sample(
     mesh: jax.sharding.Mesh | None = None,
     progress: bool = True,
     checkpoint: str | Path | None = None,
+    previous: Draws | None = None,
     precision: float | None = None,
     check_every: int = 100,
 ) -> Draws:
@@ -68,7 +69,7 @@ def sample(
         params: where every chain starts.
         batches: `(key) -> batch`, registered as a pytree: `Minibatches(data, size)` or `FullBatch(data)`.
         num_chains: number of chains.
-        num_draws: draws kept per chain.
+        num_draws: draws kept per chain; 0 for a warm-up alone.
         num_warmup: steps of `kernel.adapt` before everything else; dropped.
         num_burnin: steps of `kernel.step` after that; dropped.
         thinning: steps per kept draw; the numbers of `Info` are averaged over them.
@@ -86,6 +87,8 @@ def sample(
             and a run that was cut short, or is to have more draws, continues from the last chunk, bit for bit. Give a
             fresh directory per run: another key, kernel, start, data, `collect` or `precision` is refused, but of
             functions only the names are known.
+        previous: draws of the same call with fewer `num_draws`, in memory: they are kept, and the chains go on from their
+            ends, bit for bit as if they had not stopped.
         precision: stop early, once the standard error of the mean loss is at most this, in nats per example (LLC units
             are nbeta times that). An error that is looked at until it is small is a little too small.
         check_every: draws between two looks at the precision, whatever the chunks.
@@ -105,10 +108,10 @@ def sample(
     >>> draws.loss.shape
     (3, 5)
     """
-    positive = {"num_chains": num_chains, "num_draws": num_draws, "thinning": thinning, "check_every": check_every}
+    positive = {"num_chains": num_chains, "thinning": thinning, "check_every": check_every}
     optional = {"chunk_size": chunk_size, "block_size": block_size}
     _check_counts(1, positive | {name: size for name, size in optional.items() if size is not None})
-    _check_counts(0, {"num_warmup": num_warmup, "num_burnin": num_burnin})
+    _check_counts(0, {"num_draws": num_draws, "num_warmup": num_warmup, "num_burnin": num_burnin})
     if precision is not None and not precision > 0:
         raise InputError(f"precision must be positive, but is {precision}: it is a standard error, in nats per example")
     check_key(key)
@@ -127,7 +130,7 @@ def sample(
     # Once, or every chunk would move the data to the device again.
     on_device = jax.device_put((kernel, batches, collect), None if mesh is None else NamedSharding(mesh, P()))
     capacity = chunk_size or max(-(-num_draws // 20), -(-_MIN_STEPS // thinning))
-    capacity = min(num_draws, capacity, num_draws if precision is None else check_every)
+    capacity = max(1, min(num_draws, capacity, num_draws if precision is None else check_every))
     run = functools.partial(
         advance,
         on_device[0],
@@ -151,6 +154,13 @@ def sample(
     before, done = num_warmup + num_burnin, 0
     if checkpoint is None:
         kept, checkpoints = _Memory(like, num_draws), None
+        if previous is not None:
+            done = _continue(previous, kept, num_draws, (num_warmup, num_burnin, thinning))
+            # Copied: they are donated.
+            states = jax.tree.map(jnp.copy, previous.state)
+            now = _Now(states, *(np.array(x) for x in (previous.is_finite, previous.stiffness, previous.num_gradients)))
+    elif previous is not None:
+        raise InputError("previous and checkpoint are two ways to go on: give one of them")
     else:
         shapes = [(x.dtype.name, x.shape) for x in jax.tree.leaves(like)]
         settings = (shapes, num_chains, num_warmup, num_burnin, thinning, precision and (precision, check_every))
@@ -270,7 +280,7 @@ class _Memory:
 
     def __init__(self, like: PyTree[jax.ShapeDtypeStruct], capacity: int):
         self._arrays = jax.tree.map(lambda x: np.empty((x.shape[0], capacity, *x.shape[1:]), x.dtype), like)
-        self.num_draws = 0
+        self.num_draws, self.num_chains = 0, jax.tree.leaves(like)[0].shape[0]
 
     def append(self, draws: PyTree[np.ndarray]) -> None:
         end = self.num_draws + jax.tree.leaves(draws)[0].shape[1]
@@ -280,6 +290,18 @@ class _Memory:
 
     def read(self) -> PyTree[np.ndarray]:
         return jax.tree.map(lambda x: x[:, : self.num_draws], self._arrays)
+
+
+def _continue(previous: Draws, kept: _Memory, num_draws: int, counts: tuple[int, int, int]) -> int:
+    """Take over what `previous` holds, and return how many steps that was."""
+    held, settings = previous.loss.shape, (previous.num_warmup, previous.num_burnin, previous.thinning)
+    if settings != counts or held[0] != kept.num_chains or held[1] > num_draws:
+        raise InputError(
+            f"previous holds {held[1]} draws of {held[0]} chains with (num_warmup, num_burnin, thinning) = {settings}: give "
+            f"the same, and num_draws of at least {held[1]}"
+        )
+    kept.append(named(previous.info, previous.collected))
+    return previous.num_steps
 
 
 def _is_precise(losses: Float[np.ndarray, "chain draw"], precision: float) -> bool:

@@ -46,28 +46,35 @@ class Point(NamedTuple):
     gradient: Params
 
 
-def start(target: LocalPosterior, params: Params, batch: Batch, step_size: Real) -> MetropolisState:
-    """Start a chain at `params`, in float32 or better, with sigma = 1 and a leapfrog step as given."""
+def start(
+    target: LocalPosterior, params: Params, batch: Batch, step_size: Real, scale: Params | None = None
+) -> MetropolisState:
+    """Start a chain at `params`, in float32 or better, with sigma as given (or 1) and a leapfrog step as given."""
     position = target.position(params)
     loss, gradient = target.value_and_grad(position, batch)
     step_size = jnp.asarray(step_size, loss.dtype)
-    # The first sigma of a warm-up is the base measure's, and the first step in weights the one that was given.
-    logs = jax.tree.map(lambda v: jnp.sum(jnp.log(v)) / 2, target.base.variance(position))
-    log_step = jnp.log(step_size) - sum(jax.tree.leaves(logs)) / dimension(position)
+    log_step = jnp.log(step_size)
+    if scale is None:
+        # The first sigma of a warm-up is the base measure's, and the first step in weights the one that was given.
+        logs = jax.tree.map(lambda v: jnp.sum(jnp.log(v)) / 2, target.base.variance(position))
+        log_step = log_step - sum(jax.tree.leaves(logs)) / dimension(position)
+        scale = jax.tree.map(jnp.ones_like, position)
     _, _, *rest = _dual_averaging()[0](log_step + jnp.log(10.0))
     squares = jax.tree.map(jnp.zeros_like, position)
     adaptation = Adaptation(jnp.zeros((), int), squares, (log_step, log_step, *rest))
-    return MetropolisState(position, loss, gradient, step_size, jax.tree.map(jnp.ones_like, position), adaptation)
+    return MetropolisState(position, loss, gradient, step_size, scale, adaptation)
 
 
-def trial(target: LocalPosterior, state: MetropolisState) -> MetropolisState:
-    """Put the step and the metric in use that warm-up tries next."""
-    scale = jax.tree.map(
-        lambda v, g: jnp.sqrt(1 / jnp.maximum(1 / v, g)),
-        target.base.variance(state.params),
-        state.adaptation.squares,
-    )
+def trial(target: LocalPosterior, state: MetropolisState, scale: Params | None = None) -> MetropolisState:
+    """Put the step and the metric in use that warm-up tries next; a given metric stays."""
+    if scale is None:
+        scale = learned_scale(target, state.params, state.adaptation.squares)
     return state._replace(step_size=jnp.exp(state.adaptation.averaging[0]), scale=scale)
+
+
+def learned_scale(target: LocalPosterior, params: Params, squares: Params) -> Params:
+    """Turn mean squared gradients into sigma."""
+    return jax.tree.map(lambda v, g: jnp.sqrt(1 / jnp.maximum(1 / v, g)), target.base.variance(params), squares)
 
 
 def learn(

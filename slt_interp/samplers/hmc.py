@@ -28,7 +28,7 @@ from slt_interp.tree import Params, Real, normal_like
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["target", "step_size", "target_acceptance"],
+    data_fields=["target", "step_size", "target_acceptance", "scale"],
     meta_fields=["num_leapfrog"],
 )
 @dataclass(frozen=True)
@@ -46,6 +46,8 @@ class HMC:
             with unit masses. Warm-up starts from it.
         num_leapfrog: leapfrog steps of a trajectory.
         target_acceptance: in warm-up, the mean of min(1, exp(-energy error)) over the points of whole-step trajectories.
+        scale: sigma, like the weights, of which step_size is then a multiple; warm-up adapts the step alone. Not given, it is
+            learned by each chain for itself.
 
     References:
         Neal (2011), MCMC using Hamiltonian dynamics, arXiv:1206.1901.
@@ -62,16 +64,17 @@ class HMC:
     step_size: Real
     num_leapfrog: int = 8
     target_acceptance: Real = 0.8
+    scale: Params | None = None
     full_batch: ClassVar[bool] = True
 
     def init(self, key: Key[Array, ""], params: Params, batch: Batch) -> MetropolisState:
         """Start a chain at `params`, in float32 or better."""
         del key
-        return start(self.target, params, batch, self.step_size)
+        return start(self.target, params, batch, self.step_size, self.scale)
 
     def adapt(self, key: Key[Array, ""], state: MetropolisState, batch: Batch) -> tuple[MetropolisState, Info]:
         """Make one transition, and learn step and metric from it."""
-        state, info, squares, is_whole = self._transition(key, trial(self.target, state), batch)
+        state, info, squares, is_whole = self._transition(key, trial(self.target, state, self.scale), batch)
         return learn(state, info.acceptance, self.target_acceptance, squares, is_whole), info
 
     def step(self, key: Key[Array, ""], state: MetropolisState, batch: Batch) -> tuple[MetropolisState, Info]:

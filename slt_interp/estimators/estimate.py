@@ -1,0 +1,297 @@
+"""`estimate_llc`: a local learning coefficient with nothing to tune.
+
+1. Localization from a window: weak enough not to take from the estimate, strong enough to stay near the weights.
+2. On full batches Hamiltonian Monte Carlo, whose metric is learned by all chains together; on minibatches SGLD with a
+   control variate, run again at half the step size.
+3. Rounds, each of which doubles the run, until the error bar is small and no check fails, or the budget is spent. Burn-in is
+   the shortest of three parts of the run after which nothing drifts.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Key, PyTree
+
+from slt_interp.bases import BASES
+from slt_interp.curvature.spectrum import Spectrum, estimate_spectrum
+from slt_interp.data import Batch, FullBatch, Minibatches, num_examples
+from slt_interp.errors import InputError
+from slt_interp.estimators.calibration import (
+    customary_nbeta,
+    local_window,
+    predicted_step_bias,
+    resolved_localization_effect,
+    settled_step_size,
+)
+from slt_interp.estimators.llc import DO_NOT_TRUST, OK, LLCEstimate, keep_energy, llc, mean_loss
+from slt_interp.posterior import LocalPosterior, LossFn, check_target
+from slt_interp.samplers.chains import chain_mesh, sample
+from slt_interp.samplers.draws import Draws, keep_nothing
+from slt_interp.samplers.hamiltonian import learned_scale
+from slt_interp.samplers.hmc import HMC
+from slt_interp.samplers.kernel import Kernel
+from slt_interp.samplers.sgld import SGLD
+from slt_interp.tree import Params, check_key, dimension, dot, norm
+
+
+def estimate_llc(
+    key: Key[Array, ""],
+    loss_fn: LossFn,
+    params: Params,
+    data: Batch,
+    *,
+    nbeta: float | None = None,
+    localization: float | None = None,
+    kernel: Callable[[LocalPosterior], Kernel] | None = None,
+    mask: PyTree[Array] | None = None,
+    num_chains: int = 16,
+    precision: float = 0.02,
+    max_gradients: int | None = None,
+    progress: bool = True,
+) -> LLCEstimate:
+    """Estimate the local learning coefficient at trained weights.
+
+    Args:
+        key: typed PRNG key.
+        loss_fn: `(params, batch) -> scalar`, mean negative log-likelihood per example, nats.
+        params: the trained weights w*, a pytree of floating arrays.
+        data: a pytree of arrays with a leading example axis; None if the loss ignores its batch.
+        nbeta: inverse temperature times n; n / log n by default, which needs data.
+        localization: gamma, in squared inverse units of *your* weights, or a base measure. By default the weakest that keeps
+            flat directions within 0.3 times the norm of the weights (`local_window`); 1 where weights are masked or all zero.
+        kernel: maps the target to a kernel, as `functools.partial(SGLD, step_size=1e-5)`. By default, up to 8,192 examples,
+            HMC on all of them, with a metric that all chains learn together; beyond that SGLD on 512 at random, with a
+            control variate, at two step sizes.
+        mask: which coordinates are sampled; see `LocalPosterior`.
+        num_chains: independent chains.
+        precision: standard error to reach, as a part of the estimate.
+        max_gradients: gradients per chain at most, 20,000 by default, warm-up included.
+        progress: whether to show progress bars.
+
+    Returns:
+        An `LLCEstimate`; `print` it. It is about E[nbeta (L - L*)] at its own nbeta and localization. `std_error` is Monte
+        Carlo error; for SGLD, what the step is predicted to add is in `diagnostics["predicted_step_bias"]`.
+
+    Raises:
+        InputError, TypeError, ValueError: one sentence for what cannot be used; see `check_target`.
+
+    >>> def loss_fn(w, batch): return 0.5 * jnp.sum(w**2)
+    >>> estimate = estimate_llc(jax.random.key(0), loss_fn, jnp.ones(4) * 1e-3, None, nbeta=1000.0, progress=False)
+    >>> estimate.status, abs(estimate.llc - 2.0) < 4 * estimate.std_error + 0.1
+    ('ok', True)
+    """
+    check_key(key)
+    count = None if data is None else num_examples(data)
+    nbeta = customary_nbeta(count) if nbeta is None else nbeta
+    for name, value in (("nbeta", nbeta), ("precision", precision)):
+        if not np.all(np.asarray(value) > 0):
+            hint = "n / log n is customary" if name == "nbeta" else "0.02 is the default"
+            raise InputError(f"{name} must be positive, but is {value}: {hint}")
+    budget = 20_000 if max_gradients is None else max_gradients
+    if budget < 1:
+        raise InputError(f"max_gradients must be at least 1, but is {max_gradients}: 20000 is the default")
+    names = ("chains", "pilot", "spectrum", "step", "bias", "batch")
+    keys = dict(zip(names, jax.random.split(key, len(names)), strict=True))
+    target = LocalPosterior(loss_fn, params, nbeta, 1.0 if localization is None else localization, mask)
+    check_target(target, params, data)
+    init_loss, _ = mean_loss(loss_fn, params, data)
+    if not np.isfinite(init_loss):
+        raise InputError(f"the loss is not finite at params, but {init_loss}: check loss_fn there")
+    is_small = count is None or count <= _MAX_FULL_BATCH
+    spectrum, notes = None, []
+    if mask is None and not isinstance(target.localization, BASES):
+        seen = data if is_small else Minibatches(data, _MAX_FULL_BATCH)(keys["batch"])
+        sizes = {"num_matvecs": min(_MATVECS, dimension(params)), "num_probes": min(_PROBES, dimension(params))}
+        spectrum = estimate_spectrum(keys["spectrum"], loss_fn, params, seen, **sizes)
+        if localization is None:
+            window = local_window(spectrum, float(nbeta), float(norm(params)))
+            target = replace(target, localization=window.localization)
+            notes = [window.note] if window.note else []
+    chosen = None if kernel is None else kernel(target)
+    is_full = is_small or (chosen is not None and chosen.full_batch)
+    batches = FullBatch(data) if is_full else Minibatches(data, _BATCH_SIZE)
+    run = partial(sample, params=params, batches=batches, num_chains=num_chains, mesh=chain_mesh(num_chains), progress=progress)
+    rounds = partial(_in_rounds, key=keys["chains"], init_loss=init_loss, precision=precision, is_full=is_full)
+    if chosen is not None:
+        per_step = 1.0
+        if chosen.full_batch:
+            # Some take many gradients per step, and NUTS as many as it likes.
+            pilot = run(keys["pilot"], chosen, num_draws=1, num_warmup=_PILOT_STEPS)
+            per_step = float(np.mean(pilot.num_gradients)) / pilot.num_steps
+        estimate, draws = rounds(run, kernel=chosen, steps=int(budget / per_step), num_warmup=int(budget / per_step / 8))
+    elif is_full:
+        steps = budget // _NUM_LEAPFROG
+        chosen, slope = _learn_metric(partial(run, keys["pilot"]), target, data, max(1, steps // _METRIC_PART))
+        estimate, draws = rounds(run, kernel=chosen, steps=steps - steps // _METRIC_PART)
+        notes += _slope_note(slope, estimate)
+    else:
+        target = target.with_control_variate(data)
+        step_size = settled_step_size(keys["step"], target, params, batches)
+        chosen = SGLD(target, step_size / 2)
+        # Half a step goes half as far: twice as many.
+        first, _ = rounds(run, kernel=SGLD(target, step_size), steps=budget // 3)
+        estimate, draws = rounds(run, kernel=chosen, steps=2 * budget // 3)
+        estimate = _with_whole_step(estimate, first)
+    if isinstance(chosen, SGLD) and not chosen.leimkuhler_matthews:
+        finite = jax.tree.map(lambda x: x[np.flatnonzero(draws.is_finite)], draws.state.params)
+        steps = jnp.arange(draws.num_warmup + draws.num_burnin, draws.num_steps)
+        step_size = float(jnp.mean(jax.vmap(chosen.step_size_at)(steps)))
+        bias = predicted_step_bias(keys["bias"], chosen.target, step_size, finite, batches(keys["batch"]))
+        estimate = _with_step_bias(estimate, bias)
+    if spectrum is not None:
+        estimate = _with_localization_effect(estimate, spectrum)
+    return replace(estimate, warnings=(*estimate.warnings, *notes))
+
+
+_MAX_FULL_BATCH = 8192
+_BATCH_SIZE = 512
+
+_MATVECS, _PROBES = 64, 2
+
+_NUM_LEAPFROG = 8
+_METRIC_PART = 20
+"""The metric is learned in one of so many parts of the budget."""
+
+_PILOT_STEPS = 20
+_FIRST_ROUND = 100
+_MAX_DRAWS = 2500
+
+_ERROR_LIMIT = 0.03
+_STEP_BIAS_LIMIT = 0.03
+_LOCALIZATION_LIMIT = 0.02
+_SLOPE_LIMIT = 0.02
+
+
+def _learn_metric(run: Callable[..., Draws], target: LocalPosterior, data: Batch, num_warmup: int) -> tuple[HMC, float]:
+    """Let all chains learn one metric and one step size: a chain's own would suit the place where it warmed up.
+
+    Returns:
+        The kernel, and nbeta^2 / 2 sum sigma_i^2 g_i^2 for the gradient g of the loss at the center: by so much nbeta L falls
+        near it, to second order.
+    """
+    draws = run(HMC(target, 0.1, num_leapfrog=_NUM_LEAPFROG), num_draws=0, num_warmup=num_warmup)
+    finite = np.flatnonzero(draws.is_finite)
+    squares = jax.tree.map(lambda x: jnp.mean(x[finite], axis=0), draws.state.adaptation.squares)
+    center = target.position(target.center)
+    scale = learned_scale(target, center, squares)
+    step_size = float(jnp.exp(jnp.mean(jnp.log(draws.state.step_size[finite]))))
+    steepest = jax.tree.map(jnp.multiply, scale, _gradient(target, center, data))
+    return HMC(target, step_size, num_leapfrog=_NUM_LEAPFROG, scale=scale), 0.5 * float(dot(steepest, steepest))
+
+
+@jax.jit
+def _gradient(target: LocalPosterior, params: Params, data: Batch) -> Params:
+    return target.value_and_grad(params, data)[1]
+
+
+def _in_rounds(
+    run: Callable[..., Draws],
+    *,
+    key: Key[Array, ""],
+    kernel: Kernel,
+    steps: int,
+    init_loss: float,
+    precision: float,
+    is_full: bool,
+    num_warmup: int = 0,
+) -> tuple[LLCEstimate, Draws]:
+    """Double the run until its error bar is small and no check fails, or `steps` are made, warm-up included."""
+    steps = max(1, steps - num_warmup)
+    thinning = -(-steps // _MAX_DRAWS)
+    last, num_draws, draws = max(1, steps // thinning), _FIRST_ROUND, None
+    collect = keep_energy(kernel.target) if is_full else keep_nothing
+    while True:
+        num_draws = min(num_draws, last)
+        draws = run(
+            key,
+            kernel,
+            num_draws=num_draws,
+            num_warmup=num_warmup,
+            thinning=thinning,
+            collect=collect,
+            chunk_size=min(_FIRST_ROUND, last) // 2 or 1,
+            previous=draws,
+        )
+        settled, estimate = _without_burnin(draws, init_loss)
+        error = estimate.std_error
+        if num_draws == last or (estimate.status == OK and error <= precision * abs(estimate.llc)):
+            break
+        num_draws *= 2
+    if error > _ERROR_LIMIT * abs(estimate.llc):
+        warning = f"the standard error is {error / abs(estimate.llc):.1%} of the estimate: raise max_gradients"
+        estimate = replace(estimate, warnings=(*estimate.warnings, warning), status=DO_NOT_TRUST)
+    return estimate, settled
+
+
+def _without_burnin(draws: Draws, init_loss: float) -> tuple[Draws, LLCEstimate]:
+    """Drop the shortest of three parts of a run after which its halves agree."""
+    for part in (8, 4, 2):
+        cut = draws.loss.shape[1] // part
+        settled = replace(
+            draws,
+            info=jax.tree.map(lambda x, cut=cut: x[:, cut:], draws.info),
+            collected=jax.tree.map(lambda x, cut=cut: x[:, cut:], draws.collected),
+            num_burnin=draws.num_burnin + cut * draws.thinning,
+        )
+        estimate = llc(settled, init_loss)
+        if abs(estimate.diagnostics["drift"]) <= 2 * estimate.diagnostics["drift_std_error"]:
+            break
+    return settled, estimate
+
+
+def _slope_note(slope: float, estimate: LLCEstimate) -> list[str]:
+    if slope <= _SLOPE_LIMIT * abs(estimate.llc):
+        return []
+    return [
+        f"the gradient at the center is not small: to second order nbeta times the loss falls by {slope:.2g} along it, and the "
+        "estimate is that much smaller than at the minimum; polish the weights"
+    ]
+
+
+def _with_whole_step(estimate: LLCEstimate, first: LLCEstimate) -> LLCEstimate:
+    """Compare with the run at twice the step size."""
+    change, error = first.llc - estimate.llc, float(np.hypot(first.std_error, estimate.std_error))
+    extrapolated = estimate.llc - change, float(np.hypot(2 * estimate.std_error, first.std_error))
+    companions = {**estimate.companions, "twice the step": (first.llc, first.std_error), "Richardson": extrapolated}
+    if abs(change) <= max(3 * error, _STEP_BIAS_LIMIT * abs(estimate.llc)):
+        return replace(estimate, companions=companions)
+    warning = f"at twice the step size the estimate is {first.llc:.4g}: take a smaller step_size, with max_gradients raised"
+    return replace(estimate, companions=companions, warnings=(*estimate.warnings, warning), status=DO_NOT_TRUST)
+
+
+def _with_step_bias(estimate: LLCEstimate, bias: float) -> LLCEstimate:
+    """Add what discretization is predicted to add, with a warning where the error bar does not cover it."""
+    diagnostics = {**estimate.diagnostics, "predicted_step_bias": bias}
+    if abs(bias) <= max(estimate.std_error, 1e-3 * abs(estimate.llc)):
+        return replace(estimate, diagnostics=diagnostics)
+    warning = (
+        f"discretization is predicted to add {bias:+.2g} to the estimate (minibatch noise not counted), which the error bar "
+        "does not show: take a smaller step_size, with max_gradients raised in proportion"
+    )
+    severe = abs(bias) > _STEP_BIAS_LIMIT * abs(estimate.llc)
+    return replace(
+        estimate,
+        diagnostics=diagnostics,
+        warnings=(*estimate.warnings, warning),
+        status=DO_NOT_TRUST if severe else estimate.status,
+    )
+
+
+def _with_localization_effect(estimate: LLCEstimate, spectrum: Spectrum) -> LLCEstimate:
+    """Add what localization takes where curvature resolves it, and say where the estimate depends on it otherwise."""
+    bias, slope = resolved_localization_effect(spectrum, estimate.nbeta, estimate.localization)
+    diagnostics = {**estimate.diagnostics, "predicted_localization_bias": bias}
+    warnings = estimate.warnings
+    if "localization doubled" in estimate.companions:
+        value, error = estimate.companions["localization doubled"]
+        unexplained = value - estimate.llc - np.log(2) * slope
+        if abs(unexplained) > max(3 * error, _LOCALIZATION_LIMIT * abs(estimate.llc)):
+            warnings += (
+                f"the estimate depends on the localization: at twice as much it would be about {value:.4g} +- {error:.2g}; it "
+                "is right for this localization, but further from the learning coefficient than its error bar",
+            )
+    return replace(estimate, diagnostics=diagnostics, warnings=warnings)

@@ -1,0 +1,202 @@
+"""`estimate_llc` with nothing hand-set, against exact answers."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from slt_interp import SGLD, Spectrum, analytic, estimate_llc, estimate_spectrum
+from slt_interp.errors import InputError
+from slt_interp.estimators.calibration import local_window, resolved_localization_effect
+
+X = jax.random.normal(jax.random.key(3), (400, 6))
+DATA = {"x": X, "y": X @ jnp.arange(6.0) + jax.random.normal(jax.random.key(4), (400,))}
+CENTER = jnp.linalg.lstsq(DATA["x"], DATA["y"])[0]
+
+
+def regression(w, batch):
+    return 0.5 * jnp.mean((batch["x"] @ w - batch["y"]) ** 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        "quadratic of rank 6 in 10 dimensions",
+        "linear regression, 20 weights, 1000 examples",
+        "monomial w1^4",
+        "monomial w1^2 w2^2",
+        "ring in 20 dimensions",
+        "10 singular blocks and 20 regular directions",
+        "deep linear 3-2-2 of rank 0, deepest point",
+        "tanh network with 2 units",
+    ],
+)
+def test_exact_energy_is_met_with_nothing_hand_set_or_the_estimate_says_that_it_is_not(key, name):
+    problem = analytic.catalogue()[name]
+    estimate = estimate_llc(key, problem.loss_fn, problem.center, problem.data, nbeta=1e3, progress=False)
+    exact = problem.energy(1e3, estimate.localization)
+    assert abs(estimate.llc - exact) < max(4 * estimate.std_error, 0.1 * exact)
+    if estimate.status == "ok":
+        assert abs(estimate.llc - exact) < 4 * estimate.std_error
+        assert estimate.std_error <= 0.03 * estimate.llc
+
+
+@pytest.mark.slow
+def test_intervals_of_estimates_called_ok_cover_the_truth(key):
+    # A small copy of the benchmark: of 40 intervals of 95 %, 33 or fewer cover with probability 1 in 10,000.
+    problem = analytic.quadratic([3.0, 1.0, 0.3, 0.0])
+    estimates = [
+        estimate_llc(k, problem.loss_fn, problem.center, None, nbeta=1e3, num_chains=8, progress=False)
+        for k in jax.random.split(key, 40)
+    ]
+    assert all(estimate.status == "ok" for estimate in estimates)
+    covered = sum(abs(e.llc - problem.energy(1e3, 1.0)) < 1.96 * e.std_error for e in estimates)
+    assert covered > 33
+
+
+@pytest.mark.slow
+def test_smooth_point_has_its_local_value_and_not_the_fibres_minimum(key):
+    problem = analytic.deep_linear(key, [10, 10, 10], 1, point="smooth")
+    estimate = estimate_llc(key, problem.loss_fn, problem.center, None, nbeta=1e6, progress=False)
+    # |w*|^2 is 11, and two probes count the 100 flat directions of 200: 0.09 * 11 * gamma >= 100, with a standard error of 7 %.
+    assert estimate.localization == pytest.approx(100 / (0.09 * 11), rel=4 * 0.07)
+    assert abs(estimate.llc - 50) < max(4 * estimate.std_error, 1.0)  # 2 % is what the window allows the localization
+    assert estimate.diagnostics["predicted_localization_bias"] > -1.0
+
+
+@pytest.mark.slow
+def test_minibatches_beyond_8192_examples_are_paired_and_checked_at_half_the_step(key):
+    problem = analytic.linear_regression(key, 10_000, 8)
+    estimate = estimate_llc(key, problem.loss_fn, problem.center, problem.data, max_gradients=6000, progress=False)
+    exact = problem.energy(estimate.nbeta, estimate.localization)
+    bias = estimate.diagnostics["predicted_step_bias"]
+    assert 0 < bias < 0.02 * exact
+    assert abs(estimate.llc - bias - exact) < 4 * estimate.std_error
+    value, error = estimate.companions["Richardson"]
+    assert abs(value - exact) < 4 * error
+    assert estimate.nbeta == pytest.approx(10_000 / np.log(10_000))
+
+
+@pytest.mark.slow
+def test_minibatch_kernel_of_the_user_keeps_to_the_budget(key):
+    data = jax.tree.map(lambda x: jnp.tile(x, (25, *[1] * (x.ndim - 1))), DATA)
+    kernel = functools.partial(SGLD, step_size=2e-5)
+    estimate = estimate_llc(key, regression, CENTER, data, kernel=kernel, num_chains=4, max_gradients=400, progress=False)
+    assert estimate.nbeta == pytest.approx(10_000 / np.log(10_000))
+    assert estimate.diagnostics["gradients_per_chain"] == 400
+
+
+@pytest.mark.slow
+def test_same_key_gives_the_same_estimate(key):
+    first, second = (
+        estimate_llc(key, regression, CENTER, DATA, num_chains=4, max_gradients=800, progress=False) for _ in range(2)
+    )
+    assert (first.llc, first.std_error, first.rhat) == (second.llc, second.std_error, second.rhat)
+
+
+@pytest.mark.slow
+def test_center_that_is_no_minimum_is_explained(key):
+    estimate = estimate_llc(key, regression, CENTER + 0.5, DATA, localization=1.0, max_gradients=4000, progress=False)
+    assert estimate.llc < 0
+    assert estimate.status == "do not trust"
+    assert any("the estimate is negative" in warning and "lower by" in warning for warning in estimate.warnings)
+    # On a quadratic the loss falls along the gradient by exactly N^2 g (N H + gamma)^-1 g / 2; the metric is its diagonal.
+    assert any("the gradient at the center is not small" in warning and "polish" in warning for warning in estimate.warnings)
+
+
+@pytest.mark.slow
+def test_too_large_steps_are_named_by_the_virial(key):
+    kernel = functools.partial(SGLD, step_size=2.0 / (400 / np.log(400)))
+    estimate = estimate_llc(key, regression, CENTER, DATA, kernel=kernel, max_gradients=3000, progress=False)
+    assert any("discretization or minibatch noise" in warning for warning in estimate.warnings)
+
+
+@pytest.mark.slow
+def test_unspread_flat_directions_are_named_by_the_virial(key):
+    kernel = functools.partial(SGLD, step_size=1e-6)
+    settings = {"nbeta": 1e5, "max_gradients": 2000, "kernel": kernel, "progress": False}
+    flat = estimate_llc(key, lambda w, b: 0.5 * w[0] ** 2, jnp.zeros(20), None, **settings)
+    assert flat.status == "do not trust"
+    assert any("flat directions have not spread" in warning for warning in flat.warnings)
+
+
+@pytest.mark.slow
+def test_constant_loss_and_dead_unit_have_llc_zero(key):
+    estimate = estimate_llc(key, lambda w, b: 0.0 * jnp.sum(w), jnp.zeros(3), None, nbeta=10.0, progress=False)
+    assert (estimate.llc, estimate.std_error, estimate.status) == (0.0, 0.0, "ok")
+    problem = analytic.dead_relu()
+    dead = estimate_llc(key, problem.loss_fn, problem.center, problem.data, nbeta=1e3, localization=100.0, progress=False)
+    assert (dead.llc, dead.std_error, dead.status) == (0.0, 0.0, "ok")
+
+
+@pytest.mark.slow
+def test_window_that_is_shut_is_said(key):
+    # 200 flat directions and one that nbeta hardly resolves: to be local takes more than that direction can bear.
+    params = jnp.full(201, 0.01)
+    estimate = estimate_llc(
+        key, lambda w, b: 0.5 * (w[0] - 0.01) ** 2, params, None, nbeta=100.0, max_gradients=4000, progress=False
+    )
+    assert any("no local window at this nbeta" in warning for warning in estimate.warnings)
+
+
+def test_window_is_where_its_definition_says():
+    values = np.array([[10.0, 1.0, 0.1, 0.0, 0.0]])
+    spectrum = Spectrum(values, np.ones_like(values), np.zeros_like(values), True)
+    window = local_window(spectrum, 1e4, center_norm=2.0)
+    k = 1e4 * values[0]
+    # The grid's ratio is 10^(24 / 2400) = 1.023.
+    for gamma, ratio in ((window.highest, 1 / 1.03), (window.lowest, 1.03)):
+        taken = [np.sum(g / (k[:3] + g)) / np.sum(k[:3] / (k[:3] + g)) for g in (gamma, gamma / ratio)]
+        spread = [np.sqrt(np.sum(g / (k + g) ** 2)) for g in (gamma, gamma / ratio)]
+        assert taken[0] <= 0.02 < taken[1] if gamma == window.highest else spread[0] <= 0.6 < spread[1]
+    assert window.localization == window.lowest < window.highest
+    assert window.note is None
+    assert "set no scale" in local_window(spectrum, 1e4, center_norm=0.0).note
+    bias, slope = resolved_localization_effect(spectrum, 1e4, 5.0)
+    ratio = 5.0 / (k[:3] + 5.0)
+    assert (bias, slope) == pytest.approx((-0.5 * np.sum(ratio), -0.5 * np.sum(ratio * (1 - ratio))))
+
+
+def test_loss_that_is_not_finite_at_the_center_is_an_error(key):
+    with pytest.raises(InputError, match="not finite at params"):
+        estimate_llc(key, lambda w, b: jnp.sum(jnp.sqrt(w)), -jnp.ones(3), None, nbeta=10.0, progress=False)
+
+
+class Unhashable:
+    __hash__ = None
+
+    def __call__(self, params, batch):
+        return jnp.zeros(())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"),
+    [
+        ({"nbeta": 0.0}, InputError, "nbeta must be positive, but is 0.0"),
+        ({"nbeta": -2.0}, InputError, "nbeta must be positive, but is -2.0"),
+        ({"precision": 0.0}, InputError, "precision must be positive, but is 0.0"),
+        ({"data": None}, InputError, "nbeta has no default with no examples: give nbeta"),
+        ({"data": {"x": X, "y": X[:-1, 0]}}, InputError, r"\['x'\]: 400, \['y'\]: 399"),
+        ({"params": jnp.arange(6)}, TypeError, "floating arrays"),
+        ({"params": {"a": jnp.zeros(0)}}, TypeError, "has no coordinates"),
+        ({"loss_fn": lambda w, b: w}, TypeError, "real scalar"),
+        ({"localization": -1.0}, InputError, "localization must be positive"),
+        ({"mask": {"a": True}}, ValueError, "mask must be True or False"),
+        ({"mask": False}, ValueError, "selects no coordinate"),
+        ({"params": nnx.Dropout(0.5, rngs=nnx.Rngs(0))}, TypeError, "whole flax nnx module, Dropout.*nnx.split"),
+        ({"loss_fn": Unhashable()}, TypeError, "loss_fn must be hashable, but Unhashable is not"),
+        ({"key": 0}, TypeError, "key must be one typed PRNG key"),
+        ({"max_gradients": 0}, InputError, "max_gradients must be at least 1, but is 0"),
+    ],
+)
+def test_bad_input_gets_one_clear_sentence(key, arguments, kind, message):
+    arguments = {"key": key, "loss_fn": regression, "params": CENTER, "data": DATA} | arguments
+    with pytest.raises(kind, match=message):
+        estimate_llc(progress=False, **arguments)
+    if set(arguments) == {"key", "loss_fn", "params", "data"} and arguments["data"] is not None:
+        with pytest.raises(kind, match=message):
+            estimate_spectrum(**arguments)
