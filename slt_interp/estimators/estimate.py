@@ -31,9 +31,9 @@ from slt_interp.estimators.llc import DO_NOT_TRUST, OK, LLCEstimate, keep_energy
 from slt_interp.posterior import LocalPosterior, LossFn, check_target
 from slt_interp.samplers.chains import chain_mesh, sample
 from slt_interp.samplers.draws import Draws, keep_nothing
-from slt_interp.samplers.hamiltonian import learned_scale
+from slt_interp.samplers.hamiltonian import MetropolisState, learned_scale, whitening
 from slt_interp.samplers.hmc import HMC
-from slt_interp.samplers.kernel import Kernel
+from slt_interp.samplers.kernel import Info, Kernel
 from slt_interp.samplers.sgld import SGLD
 from slt_interp.tree import Params, check_key, dimension, dot, norm
 
@@ -153,8 +153,11 @@ _BATCH_SIZE = 512
 _MATVECS, _PROBES = 64, 2
 
 _NUM_LEAPFROG = 8
-_METRIC_PART = 20
+_METRIC_PART = 10
 """The metric is learned in one of so many parts of the budget."""
+
+_MAX_WHITENED = 2000
+"""Above this dimension a metric has one number per coordinate."""
 
 _PILOT_STEPS = 20
 _FIRST_ROUND = 100
@@ -166,21 +169,39 @@ _LOCALIZATION_LIMIT = 0.02
 _SLOPE_LIMIT = 0.02
 
 
-def _learn_metric(run: Callable[..., Draws], target: LocalPosterior, data: Batch, num_warmup: int) -> tuple[HMC, float]:
+def _learn_metric(run: Callable[..., Draws], target: LocalPosterior, data: Batch, num_steps: int) -> tuple[HMC, float]:
     """Let all chains learn one metric and one step size: a chain's own would suit the place where it warmed up.
+
+    Half of the steps learn each chain's own, the others collect gradients for the common one.
 
     Returns:
         The kernel, and nbeta^2 / 2 sum sigma_i^2 g_i^2 for the gradient g of the loss at the center: by so much nbeta L falls
         near it, to second order.
     """
-    draws = run(HMC(target, 0.1, num_leapfrog=_NUM_LEAPFROG), num_draws=0, num_warmup=num_warmup)
+    draws = run(
+        HMC(target, 0.1, num_leapfrog=_NUM_LEAPFROG),
+        num_warmup=-(-num_steps // 2),
+        num_draws=num_steps // 2 or 1,
+        chunk_size=num_steps // 2 or 1,
+        collect=_keep_gradient,
+    )
     finite = np.flatnonzero(draws.is_finite)
-    squares = jax.tree.map(lambda x: jnp.mean(x[finite], axis=0), draws.state.adaptation.squares)
+    gradients = jax.tree.map(lambda x: jnp.asarray(x[finite]).reshape(-1, *x.shape[2:]), draws.collected)
     center = target.position(target.center)
-    scale = learned_scale(target, center, squares)
-    step_size = float(jnp.exp(jnp.mean(jnp.log(draws.state.step_size[finite]))))
+    scale = learned_scale(target, center, jax.tree.map(lambda x: jnp.mean(x**2, axis=0), gradients))
+    step_size = jnp.exp(jnp.mean(jnp.log(draws.state.step_size[finite])))
     steepest = jax.tree.map(jnp.multiply, scale, _gradient(target, center, data))
-    return HMC(target, step_size, num_leapfrog=_NUM_LEAPFROG, scale=scale), 0.5 * float(dot(steepest, steepest))
+    slope = 0.5 * float(dot(steepest, steepest))
+    if dimension(center) > _MAX_WHITENED:
+        return HMC(target, float(step_size), num_leapfrog=_NUM_LEAPFROG, scale=scale), slope
+    longest = jax.tree.map(jnp.sqrt, target.base.variance(center))
+    metric, allowed = whitening(scale, gradients, longest)
+    return HMC(target, min(1.0, float(step_size * allowed)), num_leapfrog=_NUM_LEAPFROG, scale=metric), slope
+
+
+def _keep_gradient(state: MetropolisState, info: Info) -> Params:
+    del info
+    return state.gradient
 
 
 @jax.jit

@@ -1,6 +1,7 @@
 """What the Metropolis kernels share: the leapfrog step, its energy error, and how step and metric adapt.
 
-Coordinates are scaled by sigma, one number each: w moves by sigma times the momentum, and the momentum is standard normal.
+Coordinates are scaled by sigma, one number each: w moves by sigma times the momentum, and the momentum is standard normal; a
+`Whitening` also knows directions.
 During warm-up sigma_i^2 = min(base variance, 1 / mean (dU/dw_i)^2). By Stein's identity E[(dU/dw_i)^2] is the mean curvature
 of U in that direction, so this works where the Hessian at the center is zero; the mean favors recent steps, so that the
 way from the center is forgotten. The step size follows the acceptance probability by dual averaging (numpyro's).
@@ -10,12 +11,27 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from slt_interp.data import Batch
 from slt_interp.posterior import LocalPosterior
 from slt_interp.samplers.kernel import Info
 from slt_interp.tree import Params, Real, dimension, dot
+
+
+class Whitening(NamedTuple):
+    """A metric that knows directions: r moves w by sigma (1 + sum_k factors_k u_k u_k^T) r, u_k unit vectors.
+
+    Attributes:
+        scale: sigma, like the weights.
+        directions: the u_k, orthonormal, each the flattened weights long.
+        factors: by how much each direction is stretched, less 1.
+    """
+
+    scale: Params
+    directions: Float[Array, "direction dimension"]
+    factors: Float[Array, " direction"]
 
 
 class Adaptation(NamedTuple):
@@ -27,13 +43,13 @@ class Adaptation(NamedTuple):
 
 
 class MetropolisState(NamedTuple):
-    """Position of a chain with loss and gradient there, the leapfrog step and sigma in use, and what adapts them."""
+    """Position of a chain with loss and gradient there, the leapfrog step and the metric in use, and what adapts them."""
 
     params: Params
     loss: Float[Array, ""]
     gradient: Params
     step_size: Float[Array, ""]
-    scale: Params
+    scale: Params | Whitening
     adaptation: Adaptation
 
 
@@ -47,7 +63,7 @@ class Point(NamedTuple):
 
 
 def start(
-    target: LocalPosterior, params: Params, batch: Batch, step_size: Real, scale: Params | None = None
+    target: LocalPosterior, params: Params, batch: Batch, step_size: Real, scale: Params | Whitening | None = None
 ) -> MetropolisState:
     """Start a chain at `params`, in float32 or better, with sigma as given (or 1) and a leapfrog step as given."""
     position = target.position(params)
@@ -65,7 +81,7 @@ def start(
     return MetropolisState(position, loss, gradient, step_size, scale, adaptation)
 
 
-def trial(target: LocalPosterior, state: MetropolisState, scale: Params | None = None) -> MetropolisState:
+def trial(target: LocalPosterior, state: MetropolisState, scale: Params | Whitening | None = None) -> MetropolisState:
     """Put the step and the metric in use that warm-up tries next; a given metric stays."""
     if scale is None:
         scale = learned_scale(target, state.params, state.adaptation.squares)
@@ -115,14 +131,48 @@ def mixed_step(key: Key[Array, ""], step_size: Float[Array, ""]) -> tuple[Float[
     return step_size * jnp.where(is_whole, 1.0, jnp.exp(-_SMALLEST_STEP * smaller)), is_whole
 
 
-def leapfrog(target: LocalPosterior, scale: Params, point: Point, time_step: Float[Array, ""], batch: Batch) -> Point:
+def whitening(scale: Params, gradients: Params, longest: Params) -> tuple[Whitening, Real]:
+    """Find the metric in which U's gradients are uncorrelated, so that U has curvature 1 in every direction on average.
+
+    E[g g^T] is the mean Hessian of U. Its eigenvectors, in units of sigma, are stretched by eigenvalue^(-1/2); what the sample
+    is too small to tell apart from 1 is left alone, and no direction is stretched beyond the base measure.
+
+    Args:
+        scale: sigma.
+        gradients: of the potential, (sample, ...), fewer than which there are directions.
+        longest: the width of the base measure, like the weights.
+
+    Returns:
+        The metric, and the factor by which it allows a longer step.
+    """
+    samples = jax.vmap(lambda g: ravel_pytree(jax.tree.map(jnp.multiply, scale, g))[0])(gradients)
+    count, dimension = samples.shape
+    _, singular, directions = jnp.linalg.svd(samples / jnp.sqrt(count), full_matrices=False)
+    values = singular**2
+    share = ravel_pytree(jax.tree.map(jnp.divide, scale, longest))[0]
+    widest = 1 / jnp.linalg.norm(directions * share, axis=1)
+    stretch = jnp.minimum(1 / jnp.sqrt(jnp.maximum(values, jnp.finfo(values.dtype).tiny)), widest)
+    # Eigenvalues of a sample covariance scatter by the square root of dimension over sample.
+    edge = (1 + jnp.sqrt(dimension / count)) ** 2
+    is_known = (values > edge) | ((values < 1 / edge) & (dimension < count))
+    # The stiffest direction has limited the step so far.
+    allowed = jnp.sqrt(jnp.maximum(jnp.max(values) / edge, 1.0))
+    return Whitening(scale, directions, jnp.where(is_known, stretch - 1, 0.0)), allowed
+
+
+def leapfrog(
+    target: LocalPosterior, scale: Params | Whitening, point: Point, time_step: Float[Array, ""], batch: Batch
+) -> Point:
     """Make one leapfrog step, with one gradient."""
+    sigma = scale.scale if isinstance(scale, Whitening) else scale
 
     def kick(momentum: Params, gradient: Params) -> Params:
-        return jax.tree.map(lambda r, g, s: r - (time_step / 2) * s * g, momentum, gradient, scale)
+        pull = _stretch(scale, jax.tree.map(jnp.multiply, sigma, gradient))
+        return jax.tree.map(lambda r, f: r - (time_step / 2) * f, momentum, pull)
 
     momentum = kick(point.momentum, point.gradient)
-    moved = jax.tree.map(lambda w, r, s: (w + time_step * s * r).astype(w.dtype), point.params, momentum, scale)
+    velocity = _stretch(scale, momentum)
+    moved = jax.tree.map(lambda w, r, s: (w + time_step * s * r).astype(w.dtype), point.params, velocity, sigma)
     params = target.hold(moved, point.params)
     loss, gradient = target.value_and_grad(params, batch)
     return Point(params, kick(momentum, gradient), loss, gradient)
@@ -150,6 +200,13 @@ def blend(total: Info, info: Info, fraction: Float[Array, ""]) -> Info:
 
 
 _WHOLE_STEPS, _SMALLEST_STEP = 0.5, 3.5
+
+
+def _stretch(scale: Params | Whitening, vector: Params) -> Params:
+    if not isinstance(scale, Whitening):
+        return vector
+    flat, unravel = ravel_pytree(vector)
+    return unravel(flat + scale.directions.T @ (scale.factors * (scale.directions @ flat)))
 
 
 def _dual_averaging() -> tuple:

@@ -13,6 +13,7 @@ from slt_interp.posterior import LocalPosterior
 from slt_interp.samplers.hamiltonian import (
     MetropolisState,
     Point,
+    Whitening,
     blend,
     energy_error,
     leapfrog,
@@ -46,8 +47,8 @@ class HMC:
             with unit masses. Warm-up starts from it.
         num_leapfrog: leapfrog steps of a trajectory.
         target_acceptance: in warm-up, the mean of min(1, exp(-energy error)) over the points of whole-step trajectories.
-        scale: sigma, like the weights, of which step_size is then a multiple; warm-up adapts the step alone. Not given, it is
-            learned by each chain for itself.
+        scale: sigma, like the weights, or a `Whitening`; step_size is then a multiple of it, and warm-up adapts the step alone.
+            Not given, sigma is learned by each chain for itself.
 
     References:
         Neal (2011), MCMC using Hamiltonian dynamics, arXiv:1206.1901.
@@ -64,7 +65,7 @@ class HMC:
     step_size: Real
     num_leapfrog: int = 8
     target_acceptance: Real = 0.8
-    scale: Params | None = None
+    scale: Params | Whitening | None = None
     full_batch: ClassVar[bool] = True
 
     def init(self, key: Key[Array, ""], params: Params, batch: Batch) -> MetropolisState:
