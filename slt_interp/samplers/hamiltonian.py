@@ -152,11 +152,12 @@ def whitening(scale: Params, gradients: Params, longest: Params) -> tuple[Whiten
     share = ravel_pytree(jax.tree.map(jnp.divide, scale, longest))[0]
     widest = 1 / jnp.linalg.norm(directions * share, axis=1)
     stretch = jnp.minimum(1 / jnp.sqrt(jnp.maximum(values, jnp.finfo(values.dtype).tiny)), widest)
-    # Eigenvalues of a sample covariance scatter by the square root of dimension over sample.
-    edge = (1 + jnp.sqrt(dimension / count)) ** 2
-    is_known = (values > edge) | ((values < 1 / edge) & (dimension < count))
+    # So far eigenvalues of a sample covariance scatter, and the outermost a little further.
+    scatter = jnp.sqrt(dimension / count)
+    low, high = jnp.maximum(1 - scatter, 0.0) ** 2 / 1.2, 1.2 * (1 + scatter) ** 2
+    is_known = (values > high) | (values < low)
     # The stiffest direction has limited the step so far.
-    allowed = jnp.sqrt(jnp.maximum(jnp.max(values) / edge, 1.0))
+    allowed = jnp.sqrt(jnp.maximum(jnp.max(values) / high, 1.0))
     return Whitening(scale, directions, jnp.where(is_known, stretch - 1, 0.0)), allowed
 
 
@@ -167,11 +168,11 @@ def leapfrog(
     sigma = scale.scale if isinstance(scale, Whitening) else scale
 
     def kick(momentum: Params, gradient: Params) -> Params:
-        pull = _stretch(scale, jax.tree.map(jnp.multiply, sigma, gradient))
+        pull = _stretch(target, scale, jax.tree.map(jnp.multiply, sigma, gradient))
         return jax.tree.map(lambda r, f: r - (time_step / 2) * f, momentum, pull)
 
     momentum = kick(point.momentum, point.gradient)
-    velocity = _stretch(scale, momentum)
+    velocity = _stretch(target, scale, momentum)
     moved = jax.tree.map(lambda w, r, s: (w + time_step * s * r).astype(w.dtype), point.params, velocity, sigma)
     params = target.hold(moved, point.params)
     loss, gradient = target.value_and_grad(params, batch)
@@ -202,11 +203,12 @@ def blend(total: Info, info: Info, fraction: Float[Array, ""]) -> Info:
 _WHOLE_STEPS, _SMALLEST_STEP = 0.5, 3.5
 
 
-def _stretch(scale: Params | Whitening, vector: Params) -> Params:
+def _stretch(target: LocalPosterior, scale: Params | Whitening, vector: Params) -> Params:
     if not isinstance(scale, Whitening):
         return vector
     flat, unravel = ravel_pytree(vector)
-    return unravel(flat + scale.directions.T @ (scale.factors * (scale.directions @ flat)))
+    # Restricted, the map stays symmetric among the sampled coordinates, whatever the directions.
+    return target.restrict(unravel(flat + scale.directions.T @ (scale.factors * (scale.directions @ flat))))
 
 
 def _dual_averaging() -> tuple:

@@ -101,6 +101,7 @@ def test_mean_loss_over_blocks_is_the_mean(count):
         assert np.isnan(error)
 
 
+@pytest.mark.slow
 def test_companions_of_a_quadratic_are_its_llc(key):
     # nbeta K is gamma distributed with shape 3: mean and variance are 3, and the multiplicity is 1.
     target = LocalPosterior(lambda w, b: 0.5 * jnp.sum(w**2), jnp.zeros(6), 1e4, 1.0)
