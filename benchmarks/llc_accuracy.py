@@ -30,7 +30,8 @@ class Config:
     """What is measured."""
 
     problems: tuple[str, ...] = ()
-    """Names of the catalogue; all that have a learning coefficient or an exact energy if none is given."""
+    """Names of the catalogue; if none is given, all that are not too large and not confined to a box."""
+    max_dimension: int = 2000
     nbetas: tuple[float, ...] = (1e3, 1e5)
     num_seeds: int = 4
     num_chains: int = 16
@@ -48,7 +49,8 @@ SMALL = 1e-3
 def main(config: Config, out: Path) -> RunDirectory:
     """Run every problem that is not finished yet, and write rows and scores."""
     problems = catalogue()
-    names = config.problems or tuple(name for name, p in problems.items() if p.base is None or not p.base.is_bounded)
+    unbounded = (p for p in problems.values() if p.base is None or not p.base.is_bounded)
+    names = config.problems or tuple(p.name for p in unbounded if p.dimension <= config.max_dimension)
     run = open_run(out, {"benchmark": "llc_accuracy", "settings": dataclasses.asdict(config)})
     rows: list[dict[str, Any]] = []
     for i, name in enumerate(names):

@@ -49,7 +49,7 @@ def estimate_llc(
     kernel: Callable[[LocalPosterior], Kernel] | None = None,
     mask: PyTree[Array] | None = None,
     num_chains: int = 16,
-    precision: float = 0.02,
+    precision: float = 0.01,
     max_gradients: int | None = None,
     progress: bool = True,
 ) -> LLCEstimate:
@@ -68,7 +68,7 @@ def estimate_llc(
             control variate, at two step sizes.
         mask: which coordinates are sampled; see `LocalPosterior`.
         num_chains: independent chains.
-        precision: standard error to reach, as a part of the estimate.
+        precision: standard error to reach, as a part of the estimate; above twice the default it is not called ok.
         max_gradients: gradients per chain at most, 20,000 by default, warm-up included.
         progress: whether to show progress bars.
 
@@ -89,7 +89,7 @@ def estimate_llc(
     nbeta = customary_nbeta(count) if nbeta is None else nbeta
     for name, value in (("nbeta", nbeta), ("precision", precision)):
         if not np.all(np.asarray(value) > 0):
-            hint = "n / log n is customary" if name == "nbeta" else "0.02 is the default"
+            hint = "n / log n is customary" if name == "nbeta" else "0.01 is the default"
             raise InputError(f"{name} must be positive, but is {value}: {hint}")
     budget = 20_000 if max_gradients is None else max_gradients
     if budget < 1:
@@ -125,8 +125,9 @@ def estimate_llc(
         estimate, draws = rounds(run, kernel=chosen, steps=int(budget / per_step), num_warmup=int(budget / per_step / 8))
     elif is_full:
         steps = budget // _NUM_LEAPFROG
-        chosen, slope = _learn_metric(partial(run, keys["pilot"]), target, data, max(1, steps // _METRIC_PART))
+        chosen, spent, slope = _learn_metric(partial(run, keys["pilot"]), target, data, max(1, steps // _METRIC_PART))
         estimate, draws = rounds(run, kernel=chosen, steps=steps - steps // _METRIC_PART)
+        estimate.diagnostics["gradients_per_chain"] += spent
         notes += _slope_note(slope, estimate)
     else:
         target = target.with_control_variate(data)
@@ -156,47 +157,55 @@ _NUM_LEAPFROG = 8
 _METRIC_PART = 10
 """The metric is learned in one of so many parts of the budget."""
 
-_MAX_WHITENED = 2000
-"""Above this dimension a metric has one number per coordinate."""
+_MAX_WHITENED = 512
+"""Above this dimension a metric has one number per coordinate: directions would cost more than gradients."""
 
 _PILOT_STEPS = 20
 _FIRST_ROUND = 100
 _MAX_DRAWS = 2500
 
-_ERROR_LIMIT = 0.03
+_ERROR_LIMIT = 0.02
 _STEP_BIAS_LIMIT = 0.03
 _LOCALIZATION_LIMIT = 0.02
 _SLOPE_LIMIT = 0.02
 
 
-def _learn_metric(run: Callable[..., Draws], target: LocalPosterior, data: Batch, num_steps: int) -> tuple[HMC, float]:
+def _learn_metric(run: Callable[..., Draws], target: LocalPosterior, data: Batch, num_steps: int) -> tuple[HMC, float, float]:
     """Let all chains learn one metric and one step size: a chain's own would suit the place where it warmed up.
 
     Half of the steps learn each chain's own, the others collect gradients for the common one.
 
     Returns:
-        The kernel, and nbeta^2 / 2 sum sigma_i^2 g_i^2 for the gradient g of the loss at the center: by so much nbeta L falls
-        near it, to second order.
+        The kernel; the gradients that every chain spent; and nbeta^2 / 2 sum sigma_i^2 g_i^2 for the gradient g of the loss at
+        the center: by so much nbeta L falls near it, to second order.
     """
+    kernel, center = HMC(target, 0.1, num_leapfrog=_NUM_LEAPFROG), target.position(target.center)
+    is_large = dimension(center) > _MAX_WHITENED
+    collecting = 0 if is_large else -(-num_steps // 2)
     draws = run(
-        HMC(target, 0.1, num_leapfrog=_NUM_LEAPFROG),
+        kernel,
         num_warmup=-(-num_steps // 2),
-        num_draws=num_steps // 2 or 1,
-        chunk_size=num_steps // 2 or 1,
-        collect=_keep_gradient,
+        num_draws=collecting,
+        chunk_size=max(1, collecting),
+        collect=keep_nothing if is_large else _keep_gradient,
     )
     finite = np.flatnonzero(draws.is_finite)
-    gradients = jax.tree.map(lambda x: jnp.asarray(x[finite]).reshape(-1, *x.shape[2:]), draws.collected)
-    center = target.position(target.center)
-    scale = learned_scale(target, center, jax.tree.map(lambda x: jnp.mean(x**2, axis=0), gradients))
     step_size = jnp.exp(jnp.mean(jnp.log(draws.state.step_size[finite])))
+    if is_large:
+        squares = jax.tree.map(lambda x: jnp.mean(x[finite], axis=0), draws.state.adaptation.squares)
+    else:
+        gradients = jax.tree.map(lambda x: jnp.asarray(x[finite]).reshape(-1, *x.shape[2:]), draws.collected)
+        squares = jax.tree.map(lambda x: jnp.mean(x**2, axis=0), gradients)
+    scale = metric = learned_scale(target, center, squares)
     steepest = jax.tree.map(jnp.multiply, scale, _gradient(target, center, data))
-    slope = 0.5 * float(dot(steepest, steepest))
-    if dimension(center) > _MAX_WHITENED:
-        return HMC(target, float(step_size), num_leapfrog=_NUM_LEAPFROG, scale=scale), slope
-    longest = jax.tree.map(jnp.sqrt, target.base.variance(center))
-    metric, allowed = whitening(scale, gradients, longest)
-    return HMC(target, min(1.0, float(step_size * allowed)), num_leapfrog=_NUM_LEAPFROG, scale=metric), slope
+    if not is_large:
+        metric, allowed = whitening(scale, gradients, jax.tree.map(jnp.sqrt, target.base.variance(center)))
+        if jnp.any(jnp.abs(jnp.log1p(metric.factors)) > np.log(2)):
+            step_size = jnp.minimum(1.0, step_size * allowed)
+        else:
+            metric = scale
+    learned = replace(kernel, step_size=float(step_size), scale=metric)
+    return learned, float(np.mean(draws.num_gradients)), 0.5 * float(dot(steepest, steepest))
 
 
 def _keep_gradient(state: MetropolisState, info: Info) -> Params:
