@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from slt_interp.storage import read_run
@@ -28,3 +29,19 @@ def test_sampler_throughput_measures_every_section(tmp_path):
     again = subprocess.run(command, capture_output=True, text=True, check=True)
     assert again.stdout == done.stdout
     assert json.loads((tmp_path / "run" / "config.json").read_text())["settings"]["peer_python"] is None
+
+
+@pytest.mark.slow
+def test_llc_accuracy_scores_both_methods(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "llc_accuracy.py"), "smoke", "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    run = read_run(tmp_path / "run")
+    rows, scores = run.results["rows"], run.results["scores"]
+    assert len(rows) == 2 * 2 * 2
+    for method in ("estimate_llc", "SGLD"):
+        mine = [row for row in rows if row["method"] == method]
+        errors = [abs(row["estimate"] - row["exact"]) / row["exact"] for row in mine]
+        assert scores[method]["median_sampler_error"] == pytest.approx(np.median(errors))
+        assert scores[method]["num_ok"] == sum(row["status"] == "ok" for row in mine)
+    assert "median_sampler_error" in done.stdout
