@@ -54,7 +54,7 @@ def local_window(spectrum: Spectrum, nbeta: float, center_norm: float) -> Window
 
     With k = nbeta h: `highest` is the largest gamma with sum gamma / (k + gamma) <= 2 % of sum k / (k + gamma) over the
     directions with k > 1 and h above ten times its Lanczos residual; `lowest` is the smallest with
-    (sum gamma / (k + gamma)^2)^(1/2) <= 0.3 |w*| over all directions.
+    (sum gamma / (k + gamma)^2)^(1/2) <= 0.3 |w*| from there on, over all directions, k = 0 in the others.
     """
     k, weights, is_resolved = _resolved(spectrum, nbeta)
     gammas = np.geomspace(1e-9, 1e15, 2401)[:, None]
@@ -64,8 +64,9 @@ def local_window(spectrum: Spectrum, nbeta: float, center_norm: float) -> Window
     if center_norm == 0:
         note = "the weights are all zero and set no scale: the localization is 1 in their units; give one that fits the problem"
         return Window(np.nan, highest, 1.0, note)
-    spread = np.sqrt(np.sum(weights * gammas / (k + gammas) ** 2, axis=1))
-    lowest = float(gammas[spread <= 0.3 * center_norm].min(initial=gammas[-1, 0]))
+    # What is not resolved is flat: rounding noise would hold it wherever gamma is smaller still.
+    spread = np.sqrt(np.sum(weights * gammas / (np.where(is_resolved, k, 0.0) + gammas) ** 2, axis=1))
+    lowest = float(gammas[spread > 0.3 * center_norm].max(initial=gammas[0, 0]))
     if lowest <= highest:
         # Where curvature resolves every direction nothing asks for a weak localization, and a stronger one bars other minima.
         is_regular = np.sum(weights[~is_resolved]) < 0.5
