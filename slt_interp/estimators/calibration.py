@@ -52,9 +52,9 @@ class Window(NamedTuple):
 def local_window(spectrum: Spectrum, nbeta: float, center_norm: float) -> Window:
     """Find the localizations at which an LLC estimate is about the neighborhood of the weights and hardly biased.
 
-    With k = nbeta h: `highest` is the largest gamma with sum gamma / (k + gamma) <= 2 % of sum k / (k + gamma) over the
-    directions with k > 1 and h above ten times its Lanczos residual; `lowest` is the smallest with
-    (sum gamma / (k + gamma)^2)^(1/2) <= 0.3 |w*| from there on, over all directions, k = 0 in the others.
+    With k = nbeta h, curvature resolves the directions with k > 1 and h above ten times its Lanczos residual. `highest` is the
+    largest gamma with sum gamma / (k + gamma) <= 2 % of sum k / (k + gamma) over these; `lowest` is where the others, flat,
+    spread by 0.3 |w*| together: their number over (0.3 |w*|)^2.
     """
     k, weights, is_resolved = _resolved(spectrum, nbeta)
     gammas = np.geomspace(1e-9, 1e15, 2401)[:, None]
@@ -64,13 +64,11 @@ def local_window(spectrum: Spectrum, nbeta: float, center_norm: float) -> Window
     if center_norm == 0:
         note = "the weights are all zero and set no scale: the localization is 1 in their units; give one that fits the problem"
         return Window(np.nan, highest, 1.0, note)
-    # What is not resolved is flat: rounding noise would hold it wherever gamma is smaller still.
-    spread = np.sqrt(np.sum(weights * gammas / (np.where(is_resolved, k, 0.0) + gammas) ** 2, axis=1))
-    lowest = float(gammas[spread > 0.3 * center_norm].max(initial=gammas[0, 0]))
+    num_flat = float(np.sum(weights[~is_resolved]))
+    lowest = num_flat / (0.3 * center_norm) ** 2
     if lowest <= highest:
         # Where curvature resolves every direction nothing asks for a weak localization, and a stronger one bars other minima.
-        is_regular = np.sum(weights[~is_resolved]) < 0.5
-        return Window(lowest, highest, max(lowest, highest / 10) if is_regular else lowest, None)
+        return Window(lowest, highest, max(lowest, highest / 10) if num_flat < 0.5 else lowest, None)
     note = (
         f"there is no local window at this nbeta: a localization of {lowest:.3g} or more keeps the chains near the weights, "
         f"one of {highest:.3g} or less leaves the estimate as it is; {lowest:.3g} was taken, and a larger nbeta would open it"
