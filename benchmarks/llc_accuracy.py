@@ -119,10 +119,11 @@ def _measure(config: Config, problem: AnalyticProblem) -> tuple[dict[str, Any], 
     for nbeta in config.nbetas:
         for seed in range(config.num_seeds):
             key = jax.random.fold_in(jax.random.key(seed), 17)
-            ours = _row(problem, nbeta, seed, "estimate_llc", partial(_ours, config, key, problem, nbeta))
+            ours = _row(problem, nbeta, seed, "estimate_llc", 1.0, partial(_ours, config, key, problem, nbeta))
             rows.append(ours)
             cost = int(ours["gradients_per_chain"] or config.max_gradients)
-            rows.append(_row(problem, nbeta, seed, "SGLD", partial(_sgld, config, key, problem, nbeta, cost)))
+            sgld = partial(_sgld, config, key, problem, nbeta, cost)
+            rows.append(_row(problem, nbeta, seed, "SGLD", config.sgld_localization, sgld))
     return {"rows": rows}, {}
 
 
@@ -158,7 +159,7 @@ def _sgld(config: Config, key: Any, problem: AnalyticProblem, nbeta: float, num_
     return llc(draws, mean_loss(problem.loss_fn, problem.center, problem.data)[0])
 
 
-def _row(problem: AnalyticProblem, nbeta: float, seed: int, method: str, run: Any) -> dict[str, Any]:
+def _row(problem: AnalyticProblem, nbeta: float, seed: int, method: str, localization: float, run: Any) -> dict[str, Any]:
     start = time.perf_counter()
     row = {"problem": problem.name, "dimension": problem.dimension, "nbeta": nbeta, "seed": seed, "method": method}
     row |= {"rlct": problem.rlct, "multiplicity": problem.multiplicity}
@@ -166,8 +167,9 @@ def _row(problem: AnalyticProblem, nbeta: float, seed: int, method: str, run: An
         found = run()
     except InputError as error:
         empty = dict.fromkeys(("localization", "exact", "estimate", "std_error", "gradients_per_chain", "virial", "rhat"))
+        # Without an estimate the localization that `estimate_llc` would have chosen is not known, but the row must count.
         if problem.energy is not None:
-            empty["exact"] = problem.energy(nbeta, 100.0)
+            empty["exact"] = problem.energy(nbeta, localization)
         return row | empty | {"status": "error", "warnings": [str(error)], "seconds": time.perf_counter() - start}
     exact = None if problem.energy is None else problem.energy(nbeta, found.localization)
     numbers = {

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PyTree
 
-from slt_interp.tree import Params, Real, broadcast, dimension, dot, normal_like, uniform_like
+from slt_interp.tree import Params, Real, broadcast, dimension, dot, normal_like, register_dataclass, uniform_like
 
 
 class Base(Protocol):
@@ -47,7 +47,7 @@ class Base(Protocol):
         ...
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["center", "scale"], meta_fields=[])
+@partial(register_dataclass, data_fields=["center", "scale"], meta_fields=[])
 @dataclass(frozen=True)
 class Gaussian:
     """The base measure N(center, scale^2) with independent coordinates.
@@ -86,7 +86,7 @@ class Gaussian:
         return jax.tree.map(lambda w, v: (w + time * v).astype(w.dtype), params, velocity), velocity
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["low", "high"], meta_fields=[])
+@partial(register_dataclass, data_fields=["low", "high"], meta_fields=[])
 @dataclass(frozen=True)
 class Box:
     """The uniform distribution on low <= w <= high.
@@ -133,7 +133,7 @@ class Box:
         return jax.tree.transpose(jax.tree.structure(params), jax.tree.structure((0, 0)), moved)
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["center", "radius"], meta_fields=[])
+@partial(register_dataclass, data_fields=["center", "radius"], meta_fields=[])
 @dataclass(frozen=True)
 class Ball:
     """The uniform distribution on |(w - center) / radius| <= 1: a ball, or an ellipsoid when `radius` is a pytree.

@@ -15,12 +15,13 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from slt_interp.errors import InputError
 from slt_interp.noise import random_indices
+from slt_interp.tree import register_dataclass
 
 Batch = PyTree[Array] | None
 """A pytree of arrays with a leading example axis, or None for losses without data."""
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["data"], meta_fields=["size", "replace"])
+@partial(register_dataclass, data_fields=["data"], meta_fields=["size", "replace"])
 @dataclass(frozen=True)
 class Minibatches:
     """Draw `size` examples at random from `data`, a pytree of arrays with a leading example axis.
@@ -46,7 +47,7 @@ class Minibatches:
         return jax.tree.map(lambda x: x[indices], self.data)
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["data"], meta_fields=[])
+@partial(register_dataclass, data_fields=["data"], meta_fields=[])
 @dataclass(frozen=True)
 class FullBatch:
     """Give all of `data` at every step; `FullBatch(None)` serves losses that have no data.

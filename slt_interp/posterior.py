@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, PyTree
 from slt_interp.bases import BASES, Base, Gaussian
 from slt_interp.data import Batch, map_blocks
 from slt_interp.errors import InputError
-from slt_interp.tree import Params, Real, broadcast, check_like, check_params, dimension, dot
+from slt_interp.tree import Params, Real, broadcast, check_like, check_params, dimension, dot, register_dataclass
 
 LossFn = Callable[[Params, Any], Float[Array, ""]]
 """Mean negative log-likelihood per example, in nats."""
@@ -32,7 +32,7 @@ class ControlVariate(NamedTuple):
 
 
 @partial(
-    jax.tree_util.register_dataclass,
+    register_dataclass,
     data_fields=["center", "nbeta", "localization", "mask", "control"],
     meta_fields=["loss_fn"],
 )

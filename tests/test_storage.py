@@ -98,6 +98,18 @@ def test_checkpoints_of_another_run_are_refused(tmp_path):
     np.testing.assert_array_equal(restored["x"], [7, 8, 9])
 
 
+def test_draw_files_are_valid_from_the_moment_they_are_there(tmp_path, monkeypatch):
+    write, seen = DrawFiles._write_header, []
+
+    def look_first(self, stream, leaf):
+        seen.append([np.load(file).shape for file in (tmp_path / "d").glob("*.npy")])
+        write(self, stream, leaf)
+
+    monkeypatch.setattr(DrawFiles, "_write_header", look_first)
+    DrawFiles(tmp_path / "d", [jax.ShapeDtypeStruct((2,), jnp.float32)] * 3, 0)
+    assert seen == [[], [(0, 2)], [(0, 2)] * 2]
+
+
 def test_draw_files_are_valid_at_any_time_and_grow_by_appending(tmp_path):
     like = {"loss": jax.ShapeDtypeStruct((2,), jnp.float32), "w": {"a": jax.ShapeDtypeStruct((2, 3), jnp.bfloat16)}}
     rows = {

@@ -15,14 +15,14 @@ from slt_interp.curvature.operators import flat_hvp
 from slt_interp.data import Batch, num_examples
 from slt_interp.errors import InputError
 from slt_interp.posterior import LocalPosterior, LossFn, check_target
-from slt_interp.tree import Params, check_key, dimension
+from slt_interp.tree import Params, check_key, dimension, register_dataclass
 
 DENSE_LIMIT = 2000
 """Up to this dimension the whole matrix is computed, in float64."""
 
 
 @partial(
-    jax.tree_util.register_dataclass,
+    register_dataclass,
     data_fields=["ritz_values", "weights", "residuals"],
     meta_fields=["is_exact", "warnings"],
 )

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
-import jax
 import numpy as np
 from jaxtyping import Array, Float, Key
 
@@ -13,7 +12,7 @@ from slt_interp.degradation.dials import Degraded, Dial
 from slt_interp.errors import InputError
 from slt_interp.posterior import LossFn
 from slt_interp.probes.draws import over_draws
-from slt_interp.tree import Params
+from slt_interp.tree import Params, register_dataclass
 
 
 class Matched(NamedTuple):
@@ -32,7 +31,7 @@ class Matched(NamedTuple):
     std_error: float
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["data"], meta_fields=["loss_fn"])
+@partial(register_dataclass, data_fields=["data"], meta_fields=["loss_fn"])
 @dataclass(frozen=True)
 class LossProbe:
     """The probe `(key, params) -> {"loss"}`: the mean loss over fixed data, nats per example."""

@@ -16,14 +16,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from slt_interp.data import Counterfactuals
 from slt_interp.errors import InputError
 from slt_interp.taps import Network, record, replace
-from slt_interp.tree import Params
+from slt_interp.tree import Params, register_dataclass
 
 
 class Alignment(NamedTuple):
@@ -80,7 +79,7 @@ def interchange(
     return network.apply(params, examples.base, replace(site, patch))
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["alignment", "examples"], meta_fields=["network", "site"])
+@partial(register_dataclass, data_fields=["alignment", "examples"], meta_fields=["network", "site"])
 @dataclass(frozen=True)
 class InterchangeProbe:
     """The probe `(key, params) -> {"iia", "accuracy"}` for one alignment; give it to `over_draws`.

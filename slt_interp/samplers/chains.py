@@ -88,7 +88,7 @@ def sample(
             fresh directory per run: another key, kernel, start, data, `collect` or `precision` is refused, but of
             functions only the names are known.
         previous: draws of the same call with fewer `num_draws`, in memory: they are kept, and the chains go on from their
-            ends, bit for bit as if they had not stopped.
+            ends, bit for bit as if they had not stopped. Their key and data are not known: give the same.
         precision: stop early, once the standard error of the mean loss is at most this, in nats per example (LLC units
             are nbeta times that). An error that is looked at until it is small is a little too small.
         check_every: draws between two looks at the precision, whatever the chunks.
@@ -155,7 +155,7 @@ def sample(
     if checkpoint is None:
         kept, checkpoints = _Memory(like, num_draws), None
         if previous is not None:
-            done = _continue(previous, kept, num_draws, (num_warmup, num_burnin, thinning))
+            done = _continue(previous, kernel, kept, num_draws, (num_warmup, num_burnin, thinning))
             # Copied: they are donated.
             states = jax.tree.map(jnp.copy, previous.state)
             now = _Now(states, *(np.array(x) for x in (previous.is_finite, previous.stiffness, previous.num_gradients)))
@@ -292,7 +292,7 @@ class _Memory:
         return jax.tree.map(lambda x: x[:, : self.num_draws], self._arrays)
 
 
-def _continue(previous: Draws, kept: _Memory, num_draws: int, counts: tuple[int, int, int]) -> int:
+def _continue(previous: Draws, kernel: Kernel, kept: _Memory, num_draws: int, counts: tuple[int, int, int]) -> int:
     """Take over what `previous` holds, and return how many steps that was."""
     held, settings = previous.loss.shape, (previous.num_warmup, previous.num_burnin, previous.thinning)
     if settings != counts or held[0] != kept.num_chains or held[1] > num_draws:
@@ -300,6 +300,8 @@ def _continue(previous: Draws, kept: _Memory, num_draws: int, counts: tuple[int,
             f"previous holds {held[1]} draws of {held[0]} chains with (num_warmup, num_burnin, thinning) = {settings}: give "
             f"the same, and num_draws of at least {held[1]}"
         )
+    if fingerprint(previous.kernel) != fingerprint(kernel):
+        raise InputError("previous holds draws of another kernel, or of another target: give the kernel that made them")
     kept.append(named(previous.info, previous.collected))
     return previous.num_steps
 

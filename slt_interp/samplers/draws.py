@@ -11,14 +11,14 @@ from jaxtyping import Bool, Float, PyTree
 
 from slt_interp.samplers.kernel import Info, Kernel
 from slt_interp.storage import read_arrays
-from slt_interp.tree import Params
+from slt_interp.tree import Params, register_dataclass
 
 if TYPE_CHECKING:
     import xarray
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass,
+    register_dataclass,
     data_fields=["info", "collected", "is_finite", "stiffness", "num_gradients", "state", "kernel"],
     meta_fields=["num_warmup", "num_burnin", "thinning"],
 )

@@ -24,11 +24,11 @@ from slt_interp.samplers.hamiltonian import (
     trial,
 )
 from slt_interp.samplers.kernel import Info, inspect
-from slt_interp.tree import Params, Real, normal_like
+from slt_interp.tree import Params, Real, normal_like, register_dataclass
 
 
 @partial(
-    jax.tree_util.register_dataclass,
+    register_dataclass,
     data_fields=["target", "step_size", "target_acceptance", "scale"],
     meta_fields=["num_leapfrog"],
 )

@@ -23,10 +23,10 @@ from slt_interp.samplers.hamiltonian import (
     trial,
 )
 from slt_interp.samplers.kernel import Info, inspect
-from slt_interp.tree import Params, Real, normal_like
+from slt_interp.tree import Params, Real, normal_like, register_dataclass
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["target", "step_size", "target_acceptance"], meta_fields=[])
+@partial(register_dataclass, data_fields=["target", "step_size", "target_acceptance"], meta_fields=[])
 @dataclass(frozen=True)
 class MALA:
     """Sample by Langevin steps with a Metropolis test, one gradient per step on the full batch: no discretization bias.

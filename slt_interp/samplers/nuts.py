@@ -13,11 +13,11 @@ from slt_interp.data import Batch
 from slt_interp.posterior import LocalPosterior
 from slt_interp.samplers.hamiltonian import MetropolisState, learn, start, trial
 from slt_interp.samplers.kernel import Info, inspect
-from slt_interp.tree import Params, Real, normal_like
+from slt_interp.tree import Params, Real, normal_like, register_dataclass
 
 
 @partial(
-    jax.tree_util.register_dataclass,
+    register_dataclass,
     data_fields=["target", "step_size", "target_acceptance"],
     meta_fields=["max_tree_depth"],
 )

@@ -11,7 +11,7 @@ from jaxtyping import Array, Key
 from slt_interp.data import Batch
 from slt_interp.posterior import LocalPosterior
 from slt_interp.samplers.kernel import Info, inspect
-from slt_interp.tree import Params, Real, normal_like
+from slt_interp.tree import Params, Real, normal_like, register_dataclass
 
 
 class RMSPropSGLDState(NamedTuple):
@@ -21,7 +21,7 @@ class RMSPropSGLDState(NamedTuple):
     second_moment: Params
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["target", "step_size", "decay", "damping"], meta_fields=[])
+@partial(register_dataclass, data_fields=["target", "step_size", "decay", "damping"], meta_fields=[])
 @dataclass(frozen=True)
 class RMSPropSGLD:
     """Sample by SGLD with a diagonal preconditioner p = 1 / (sqrt(v) + damping), one gradient per step.

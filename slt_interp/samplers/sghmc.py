@@ -11,7 +11,7 @@ from jaxtyping import Array, Key
 from slt_interp.data import Batch
 from slt_interp.posterior import LocalPosterior
 from slt_interp.samplers.kernel import Info, inspect
-from slt_interp.tree import Params, Real, normal_like
+from slt_interp.tree import Params, Real, normal_like, register_dataclass
 
 
 class SGHMCState(NamedTuple):
@@ -21,7 +21,7 @@ class SGHMCState(NamedTuple):
     velocity: Params
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["target", "step_size", "friction"], meta_fields=[])
+@partial(register_dataclass, data_fields=["target", "step_size", "friction"], meta_fields=[])
 @dataclass(frozen=True)
 class SGHMC:
     """Sample by underdamped Langevin dynamics in the symmetric splitting BAOAB, one gradient per step, no adaptation.

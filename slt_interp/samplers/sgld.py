@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, Key
 from slt_interp.data import Batch
 from slt_interp.posterior import LocalPosterior
 from slt_interp.samplers.kernel import Info, inspect
-from slt_interp.tree import Params, Real, normal_like
+from slt_interp.tree import Params, Real, normal_like, register_dataclass
 
 
 class SGLDState(NamedTuple):
@@ -23,7 +23,7 @@ class SGLDState(NamedTuple):
     noise: Params | None
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["target", "step_size"], meta_fields=["leimkuhler_matthews"])
+@partial(register_dataclass, data_fields=["target", "step_size"], meta_fields=["leimkuhler_matthews"])
 @dataclass(frozen=True)
 class SGLD:
     """Sample by stochastic gradient Langevin dynamics, one gradient per step, no adaptation.

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Key
 from slt_interp.data import Batch
 from slt_interp.posterior import LocalPosterior
 from slt_interp.samplers.kernel import Info, inspect
-from slt_interp.tree import Params, Real, dot, normal_like
+from slt_interp.tree import Params, Real, dot, normal_like, register_dataclass
 
 
 class SGNHTState(NamedTuple):
@@ -22,7 +22,7 @@ class SGNHTState(NamedTuple):
     thermostat: Float[Array, ""]
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["target", "step_size", "friction"], meta_fields=[])
+@partial(register_dataclass, data_fields=["target", "step_size", "friction"], meta_fields=[])
 @dataclass(frozen=True)
 class SGNHT:
     """Sample by Langevin dynamics whose friction x is driven by the temperature, one gradient per step, no adaptation.

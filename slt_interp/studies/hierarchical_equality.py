@@ -39,7 +39,7 @@ from slt_interp.storage import Arrays, RunDirectory
 from slt_interp.studies.study import Study
 from slt_interp.tasks.hierarchical_equality import NUM_INPUTS, FreshExamples, draw_counterfactuals
 from slt_interp.training import polish, train
-from slt_interp.tree import Params, dimension, dot, norm
+from slt_interp.tree import Params, dimension, dot, norm, register_dataclass
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ class SmoothedCrossEntropy:
         return float(-(1 - s) * np.log(1 - s) - s * np.log(s)) if s > 0 else 0.0
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["center", "loss", "interchange"], meta_fields=[])
+@functools.partial(register_dataclass, data_fields=["center", "loss", "interchange"], meta_fields=[])
 @dataclass(frozen=True)
 class _Readings:
     """Everything that is read off one degraded network, as one probe."""

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from slt_interp.data import Counterfactuals
+from slt_interp.tree import register_dataclass
 
 ENTITY_SIZE = 4
 NUM_INPUTS = 4 * ENTITY_SIZE
@@ -37,7 +38,7 @@ def labels(left: Bool[Array, " *example"], right: Bool[Array, " *example"]) -> I
     return (left == right).astype(jnp.int32)
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["size"])
+@partial(register_dataclass, data_fields=[], meta_fields=["size"])
 @dataclass(frozen=True)
 class FreshExamples:
     """A batch function of ever new examples: `size` of them, a quarter of each pattern.

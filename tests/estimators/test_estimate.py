@@ -47,7 +47,7 @@ def test_exact_energy_is_met_with_nothing_hand_set_or_the_estimate_says_that_it_
 
 @pytest.mark.slow
 def test_intervals_of_estimates_called_ok_cover_the_truth(key):
-    # A small copy of the benchmark: of 40 intervals of 95 %, 33 or fewer cover with probability 1 in 10,000.
+    # A small copy of the benchmark: of 40 intervals of 95 %, 31 or fewer cover with probability 1.3 in 10,000.
     problem = analytic.quadratic([3.0, 1.0, 0.3, 0.0])
     estimates = [
         estimate_llc(k, problem.loss_fn, problem.center, None, nbeta=1e3, num_chains=8, progress=False)
@@ -55,7 +55,7 @@ def test_intervals_of_estimates_called_ok_cover_the_truth(key):
     ]
     assert all(estimate.status == "ok" for estimate in estimates)
     covered = sum(abs(e.llc - problem.energy(1e3, 1.0)) < 1.96 * e.std_error for e in estimates)
-    assert covered > 33
+    assert covered > 31
 
 
 @pytest.mark.slow

@@ -96,6 +96,8 @@ def test_run_that_goes_on_from_its_draws_equals_an_uninterrupted_one_bit_for_bit
     np.testing.assert_array_equal(resumed.num_gradients, whole.num_gradients)
     # What was handed over is still there.
     assert_same(run(key, previous=first, num_draws=12), first)
+    # Burn-in alone is a start as well.
+    assert_same(run(key, previous=run(key, num_draws=0)), whole)
 
 
 @pytest.mark.parametrize(
@@ -104,6 +106,7 @@ def test_run_that_goes_on_from_its_draws_equals_an_uninterrupted_one_bit_for_bit
         ({"num_draws": 5}, "previous holds 12 draws of 4 chains"),
         ({"num_chains": 2}, "previous holds 12 draws of 4 chains"),
         ({"thinning": 2}, r"\(num_warmup, num_burnin, thinning\) = \(0, 7, 3\): give the same"),
+        ({"step_size": 2e-3}, "draws of another kernel, or of another target"),
     ],
 )
 def test_draws_of_another_run_are_refused(key, settings, message):

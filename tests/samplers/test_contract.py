@@ -1,10 +1,12 @@
 """What every kernel promises, checked on every kernel."""
 
 import functools
+import itertools
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -22,6 +24,7 @@ from slt_interp import (
     Ball,
     Box,
     FullBatch,
+    Gaussian,
     LocalPosterior,
     Minibatches,
     RMSPropSGLD,
@@ -109,31 +112,29 @@ def assert_close(left, right):
         np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3)
 
 
-def jitted(function):
-    """Compile for each kernel class apart: once, among many runs, JAX answered for SGNHT with what it had traced for SGHMC."""
-    compiled = {}
-
-    def call(kernel, *arguments):
-        if type(kernel) not in compiled:
-            compiled[type(kernel)] = jax.jit(lambda *x: function(*x))
-        return compiled[type(kernel)](kernel, *arguments)
-
-    return call
-
-
-@jitted
+@jax.jit
 def begin(kernel, key, batch):
     return kernel.init(key, PARAMS, batch)
 
 
-@jitted
+@jax.jit
 def adapt(kernel, key, state, batch):
     return kernel.adapt(key, state, batch)
 
 
-@jitted
+@jax.jit
 def step(kernel, key, state, batch):
     return kernel.step(key, state, batch)
+
+
+def test_kernel_is_never_mistaken_for_another_with_the_same_fields():
+    # With jax.tree_util.register_dataclass they compared equal, and a jitted function, once in a while, answered for SGNHT with
+    # what it had compiled for SGHMC.
+    target = LocalPosterior(loss_fn, PARAMS, 1.0, 1.0)
+    structures = [jax.tree.structure(kind(target, 0.1, friction=1.0)) for kind in (SGHMC, SGNHT)]
+    structures += [jax.tree.structure(base(0.0, 1.0)) for base in (Gaussian, Box, Ball)]
+    structures += [jax.tree.structure(replace(target, localization=base(0.0, 1.0))) for base in (Gaussian, Box, Ball)]
+    assert not any(a == b for a, b in itertools.combinations(structures, 2))
 
 
 @every_kernel

@@ -44,14 +44,12 @@ def test_quadrature_meets_the_table_of_exact_values():
 def test_kernels_agree_with_quadrature_and_with_each_other(localization):
     nbeta = 1e3
     target = LocalPosterior(loss_fn, PARAMS, nbeta, localization)
-    # Each chain's metric suits the arm of the singular set where it warmed up, so that arms are changed slowly at 1.
+    # Without warm-up: a metric that each chain learns for itself suits the arm of the singular set where it warmed up, and
+    # arms are then changed so slowly that at localization 1 runs of this length read 1 % low. The coordinates are alike.
     runs = {
-        "NUTS": (NUTS(target, 0.1), {"num_warmup": 500, "num_burnin": 500, "num_draws": 3000, "num_chains": 32}),
-        "HMC": (HMC(target, 0.1), {"num_warmup": 500, "num_burnin": 2000, "num_draws": 6000, "num_chains": 64}),
-        "MALA": (
-            MALA(target, 1e-3),
-            {"num_warmup": 2000, "num_burnin": 20_000, "num_draws": 2000, "thinning": 20, "num_chains": 64},
-        ),
+        "NUTS": (NUTS(target, 0.02), {"num_burnin": 500, "num_draws": 3000, "num_chains": 32}),
+        "HMC": (HMC(target, 0.02), {"num_burnin": 2000, "num_draws": 6000, "num_chains": 64}),
+        "MALA": (MALA(target, 1.6e-3), {"num_burnin": 20_000, "num_draws": 2000, "thinning": 20, "num_chains": 64}),
     }
     if localization == 10.0:
         # At localization 1 a step without visible bias would take hours to spread.
@@ -61,6 +59,5 @@ def test_kernels_agree_with_quadrature_and_with_each_other(localization):
         draws = sample(jax.random.key(i), kernel, PARAMS, FullBatch(None), progress=False, **counts)
         energy = nbeta * draws.loss.astype(np.float64)
         error = std_error(energy)
-        print(name, localization, energy.mean(), error, exact)
-        assert error < 0.03 * exact
+        assert error < 0.01 * exact
         assert abs(energy.mean() - exact) < 4 * error, name
