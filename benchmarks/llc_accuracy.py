@@ -22,6 +22,7 @@ import tyro
 from slt_interp import SGLD, FullBatch, LLCEstimate, LocalPosterior, chain_mesh, estimate_llc, llc, mean_loss, sample
 from slt_interp.analytic import AnalyticProblem, catalogue
 from slt_interp.errors import InputError
+from slt_interp.estimators.llc import DO_NOT_TRUST, NOT_EQUILIBRATED, OK
 from slt_interp.storage import RunDirectory, open_run
 
 
@@ -35,7 +36,8 @@ class Config:
     nbetas: tuple[float, ...] = (1e3, 1e5)
     num_seeds: int = 4
     num_chains: int = 16
-    max_gradients: int = 20_000
+    max_gradients: int | None = None
+    """Per chain; by default that of `estimate_llc`."""
     sgld_step_size: float = 1e-4
     sgld_localization: float = 100.0
 
@@ -71,7 +73,7 @@ def scores(rows: list[dict[str, Any]], method: str) -> dict[str, Any]:
         for row, far in zip(known, wrong[0.02], strict=True)
     ]
     small_bar = [row["estimate"] is not None and row["std_error"] <= max(0.03 * row["exact"], SMALL) for row in known]
-    ok = [row["status"] == "ok" for row in known]
+    ok, flat, distrusted = ([row["status"] == status for row in known] for status in (OK, NOT_EQUILIBRATED, DO_NOT_TRUST))
     covered = [_error(row) <= max(1.96 * row["std_error"], SMALL) for row, trusted in zip(known, ok, strict=True) if trusted]
     right = [good and not far for good, far in zip(within, wrong[0.05], strict=True)]
     coefficients = [row for row in mine if row["rlct"]]
@@ -90,7 +92,11 @@ def scores(rows: list[dict[str, Any]], method: str) -> dict[str, Any]:
             _name(row) for row, far in zip(known, wrong[0.1], strict=True) if far and not row["warnings"]
         ],
         "coverage_of_95_percent_intervals_of_ok": _share(covered),
-        "false_alarms": _share([not good for good, fine in zip(ok, right, strict=True) if fine]),
+        "flat_directions_but_off_by_5_percent": [
+            _name(r) for r, soft, far in zip(known, flat, wrong[0.05], strict=True) if soft and far
+        ],
+        "right_but_not_to_be_trusted": _share([bad for bad, fine in zip(distrusted, right, strict=True) if fine]),
+        "right_but_flat_directions": _share([soft for soft, fine in zip(flat, right, strict=True) if fine]),
     }
 
 
@@ -107,7 +113,7 @@ def table(results: dict[str, Any]) -> str:
         lines.append(
             f"{problem[:52]:52} {nbeta:7.0e} {method:12} exact {exact:>8} rlct {rows[0]['rlct'] or 0:7.4g} "
             f"mean {np.mean(values) if values else np.nan:8.4g} off {'-' if off is None else f'{off:.1%}':>6} "
-            f"ok {sum(row['status'] == 'ok' for row in rows)}/{len(rows)} {np.mean([row['seconds'] for row in rows]):5.1f} s"
+            f"ok {sum(row['status'] == OK for row in rows)}/{len(rows)} {np.mean([row['seconds'] for row in rows]):5.1f} s"
         )
     for method, found in results["scores"].items():
         lines += [f"{method}:", *(f"  {name}: {value}" for name, value in found.items())]
@@ -121,7 +127,7 @@ def _measure(config: Config, problem: AnalyticProblem) -> tuple[dict[str, Any], 
             key = jax.random.fold_in(jax.random.key(seed), 17)
             ours = _row(problem, nbeta, seed, "estimate_llc", 1.0, partial(_ours, config, key, problem, nbeta))
             rows.append(ours)
-            cost = int(ours["gradients_per_chain"] or config.max_gradients)
+            cost = int(ours["gradients_per_chain"] or 20_000)
             sgld = partial(_sgld, config, key, problem, nbeta, cost)
             rows.append(_row(problem, nbeta, seed, "SGLD", config.sgld_localization, sgld))
     return {"rows": rows}, {}

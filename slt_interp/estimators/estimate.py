@@ -3,8 +3,9 @@
 1. Localization from a window: weak enough not to take from the estimate, strong enough to stay near the weights.
 2. On full batches Hamiltonian Monte Carlo, whose metric is learned by all chains together; on minibatches SGLD with a
    control variate, run again at half the step size.
-3. Rounds, each of which doubles the run, until the error bar is small and no check fails, or the budget is spent. Burn-in is
-   the shortest of three parts of the run after which nothing drifts.
+3. Rounds, each of which doubles the run, until the error bar is small and no check fails, or the budget is spent; where checks
+   still fail after a fifth of it, trajectories four times as long, which move along thin arms of a singular set. Burn-in is the
+   shortest of three parts of the run after which nothing drifts.
 """
 
 from collections.abc import Callable
@@ -31,7 +32,7 @@ from slt_interp.estimators.llc import DO_NOT_TRUST, OK, LLCEstimate, keep_energy
 from slt_interp.posterior import LocalPosterior, LossFn, check_target
 from slt_interp.samplers.chains import chain_mesh, sample
 from slt_interp.samplers.draws import Draws, keep_nothing
-from slt_interp.samplers.hamiltonian import MetropolisState, learned_scale, whitening
+from slt_interp.samplers.hamiltonian import MetropolisState, apply_metric, learned_scale, whitening
 from slt_interp.samplers.hmc import HMC
 from slt_interp.samplers.kernel import Info, Kernel
 from slt_interp.samplers.sgld import SGLD
@@ -69,7 +70,8 @@ def estimate_llc(
         mask: which coordinates are sampled; see `LocalPosterior`.
         num_chains: independent chains.
         precision: standard error to reach, as a part of the estimate; above twice the default it is not called ok.
-        max_gradients: gradients per chain at most, 20,000 by default, warm-up included.
+        max_gradients: gradients per chain at most, warm-up and the metric included (not SGLD's pilots, nor curvature); by
+            default 100,000 for at most 512 weights, and 20,000 for more.
         progress: whether to show progress bars.
 
     Returns:
@@ -91,9 +93,9 @@ def estimate_llc(
         if not np.all(np.asarray(value) > 0):
             hint = "n / log n is customary" if name == "nbeta" else "0.01 is the default"
             raise InputError(f"{name} must be positive, but is {value}: {hint}")
-    budget = 20_000 if max_gradients is None else max_gradients
+    budget = _BUDGETS[dimension(params) > _MAX_WHITENED] if max_gradients is None else max_gradients
     if budget < 1:
-        raise InputError(f"max_gradients must be at least 1, but is {max_gradients}: 20000 is the default")
+        raise InputError(f"max_gradients must be at least 1, but is {max_gradients}: leave it out for the default")
     names = ("chains", "pilot", "spectrum", "step", "bias", "batch")
     keys = dict(zip(names, jax.random.split(key, len(names)), strict=True))
     target = LocalPosterior(loss_fn, params, nbeta, 1.0 if localization is None else localization, mask)
@@ -124,10 +126,18 @@ def estimate_llc(
             per_step = float(np.mean(pilot.num_gradients)) / pilot.num_steps
         estimate, draws = rounds(run, kernel=chosen, steps=int(budget / per_step), num_warmup=int(budget / per_step / 8))
     elif is_full:
-        steps = budget // _NUM_LEAPFROG
-        chosen, spent, slope = _learn_metric(partial(run, keys["pilot"]), target, data, max(1, steps // _METRIC_PART))
-        estimate, draws = rounds(run, kernel=chosen, steps=steps - steps // _METRIC_PART)
-        estimate.diagnostics["gradients_per_chain"] += spent
+        learning = min(budget // _METRIC_PART, _MAX_METRIC)
+        chosen, slope = _learn_metric(partial(run, keys["pilot"]), target, data, max(1, learning // _NUM_LEAPFROG))
+        estimate, draws = rounds(
+            run, kernel=chosen, steps=(budget - learning) // _NUM_LEAPFROG, patience=budget // _PATIENCE // _NUM_LEAPFROG
+        )
+        spent = learning + estimate.diagnostics["gradients_per_chain"]
+        left = (budget - spent) / _LONG_LEAPFROG
+        if estimate.status == DO_NOT_TRUST and left >= _FIRST_ROUND:
+            chosen = replace(chosen, num_leapfrog=_LONG_LEAPFROG)
+            estimate, draws = rounds(run, kernel=chosen, steps=int(left))
+            spent += estimate.diagnostics["gradients_per_chain"]
+        estimate.diagnostics["gradients_per_chain"] = spent
         notes += _slope_note(slope, estimate)
     else:
         target = target.with_control_variate(data)
@@ -136,6 +146,7 @@ def estimate_llc(
         # Half a step goes half as far: twice as many.
         first, _ = rounds(run, kernel=SGLD(target, step_size), steps=budget // 3)
         estimate, draws = rounds(run, kernel=chosen, steps=2 * budget // 3)
+        estimate.diagnostics["gradients_per_chain"] += first.diagnostics["gradients_per_chain"]
         estimate = _with_whole_step(estimate, first)
     if isinstance(chosen, SGLD) and not chosen.leimkuhler_matthews:
         finite = jax.tree.map(lambda x: x[np.flatnonzero(draws.is_finite)], draws.state.params)
@@ -153,12 +164,19 @@ _BATCH_SIZE = 512
 
 _MATVECS, _PROBES = 64, 2
 
-_NUM_LEAPFROG = 8
-_METRIC_PART = 10
-"""The metric is learned in one of so many parts of the budget."""
-
 _MAX_WHITENED = 512
 """Above this dimension a metric has one number per coordinate: directions would cost more than gradients."""
+
+_BUDGETS = 100_000, 20_000
+"""Up to that dimension, and above."""
+
+_NUM_LEAPFROG, _LONG_LEAPFROG = 8, 32
+
+_METRIC_PART, _MAX_METRIC = 10, 2000
+"""The metric is learned in one of so many parts of the budget, and in at most so many gradients."""
+
+_PATIENCE = 5
+"""After one of so many parts of the budget a run whose checks still fail is given up for longer trajectories."""
 
 _PILOT_STEPS = 20
 _FIRST_ROUND = 100
@@ -170,42 +188,39 @@ _LOCALIZATION_LIMIT = 0.02
 _SLOPE_LIMIT = 0.02
 
 
-def _learn_metric(run: Callable[..., Draws], target: LocalPosterior, data: Batch, num_steps: int) -> tuple[HMC, float, float]:
+def _learn_metric(run: Callable[..., Draws], target: LocalPosterior, data: Batch, num_steps: int) -> tuple[HMC, float]:
     """Let all chains learn one metric and one step size: a chain's own would suit the place where it warmed up.
 
     Half of the steps learn each chain's own, the others collect gradients for the common one.
 
     Returns:
-        The kernel; the gradients that every chain spent; and nbeta^2 / 2 sum sigma_i^2 g_i^2 for the gradient g of the loss at
-        the center: by so much nbeta L falls near it, to second order.
+        The kernel, and nbeta^2 / 2 |M g|^2 for the gradient g of the loss at the center and the metric M: by so much nbeta L
+        falls near it, to second order.
     """
     kernel, center = HMC(target, 0.1, num_leapfrog=_NUM_LEAPFROG), target.position(target.center)
     is_large = dimension(center) > _MAX_WHITENED
-    collecting = 0 if is_large else -(-num_steps // 2)
+    collecting = 0 if is_large else num_steps // 2
     draws = run(
         kernel,
-        num_warmup=-(-num_steps // 2),
+        num_warmup=num_steps - collecting,
         num_draws=collecting,
         chunk_size=max(1, collecting),
         collect=keep_nothing if is_large else _keep_gradient,
     )
     finite = np.flatnonzero(draws.is_finite)
     step_size = jnp.exp(jnp.mean(jnp.log(draws.state.step_size[finite])))
-    if is_large:
-        squares = jax.tree.map(lambda x: jnp.mean(x[finite], axis=0), draws.state.adaptation.squares)
-    else:
+    if collecting:
         gradients = jax.tree.map(lambda x: jnp.asarray(x[finite]).reshape(-1, *x.shape[2:]), draws.collected)
         squares = jax.tree.map(lambda x: jnp.mean(x**2, axis=0), gradients)
-    scale = metric = learned_scale(target, center, squares)
-    steepest = jax.tree.map(jnp.multiply, scale, _gradient(target, center, data))
-    if not is_large:
-        metric, allowed = whitening(scale, gradients, jax.tree.map(jnp.sqrt, target.base.variance(center)))
-        if jnp.any(jnp.abs(jnp.log1p(metric.factors)) > np.log(2)):
-            step_size = jnp.minimum(1.0, step_size * allowed)
-        else:
-            metric = scale
-    learned = replace(kernel, step_size=float(step_size), scale=metric)
-    return learned, float(np.mean(draws.num_gradients)), 0.5 * float(dot(steepest, steepest))
+    else:
+        squares = jax.tree.map(lambda x: jnp.mean(x[finite], axis=0), draws.state.adaptation.squares)
+    metric = scale = learned_scale(target, center, squares)
+    if collecting:
+        whitened, allowed = whitening(scale, gradients, jax.tree.map(jnp.sqrt, target.base.variance(center)))
+        if jnp.any(jnp.abs(jnp.log1p(whitened.factors)) > np.log(2)):
+            metric, step_size = whitened, jnp.minimum(1.0, step_size * allowed)
+    steepest = apply_metric(target, metric, _gradient(target, center, data))
+    return replace(kernel, step_size=float(step_size), scale=metric), 0.5 * float(dot(steepest, steepest))
 
 
 def _keep_gradient(state: MetropolisState, info: Info) -> Params:
@@ -228,8 +243,13 @@ def _in_rounds(
     precision: float,
     is_full: bool,
     num_warmup: int = 0,
+    patience: int | None = None,
 ) -> tuple[LLCEstimate, Draws]:
-    """Double the run until its error bar is small and no check fails, or `steps` are made, warm-up included."""
+    """Double the run until its error bar is small and no check fails, or `steps` are made, warm-up included.
+
+    After `patience` steps flat directions may stay as they are, and a run that is not to be trusted for another reason than its
+    error bar is given up.
+    """
     steps = max(1, steps - num_warmup)
     thinning = -(-steps // _MAX_DRAWS)
     last, num_draws, draws = max(1, steps // thinning), _FIRST_ROUND, None
@@ -248,7 +268,11 @@ def _in_rounds(
         )
         settled, estimate = _without_burnin(draws, init_loss)
         error = estimate.std_error
-        if num_draws == last or (estimate.status == OK and error <= precision * abs(estimate.llc)):
+        is_late = patience is not None and draws.num_steps >= patience
+        is_precise = error <= precision * abs(estimate.llc)
+        if num_draws == last or (is_precise and estimate.status == OK):
+            break
+        if is_late and (estimate.status == DO_NOT_TRUST or is_precise):
             break
         num_draws *= 2
     if error > _ERROR_LIMIT * abs(estimate.llc):

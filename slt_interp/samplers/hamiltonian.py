@@ -139,7 +139,7 @@ def whitening(scale: Params, gradients: Params, longest: Params) -> tuple[Whiten
 
     Args:
         scale: sigma.
-        gradients: of the potential, (sample, ...), fewer than which there are directions.
+        gradients: of the potential, (sample, ...); there are as many directions as samples, or as coordinates if fewer.
         longest: the width of the base measure, like the weights.
 
     Returns:
@@ -165,18 +165,23 @@ def leapfrog(
     target: LocalPosterior, scale: Params | Whitening, point: Point, time_step: Float[Array, ""], batch: Batch
 ) -> Point:
     """Make one leapfrog step, with one gradient."""
-    sigma = scale.scale if isinstance(scale, Whitening) else scale
 
     def kick(momentum: Params, gradient: Params) -> Params:
-        pull = _stretch(target, scale, jax.tree.map(jnp.multiply, sigma, gradient))
-        return jax.tree.map(lambda r, f: r - (time_step / 2) * f, momentum, pull)
+        return jax.tree.map(lambda r, f: r - (time_step / 2) * f, momentum, apply_metric(target, scale, gradient))
 
     momentum = kick(point.momentum, point.gradient)
     velocity = _stretch(target, scale, momentum)
+    sigma = scale.scale if isinstance(scale, Whitening) else scale
     moved = jax.tree.map(lambda w, r, s: (w + time_step * s * r).astype(w.dtype), point.params, velocity, sigma)
     params = target.hold(moved, point.params)
     loss, gradient = target.value_and_grad(params, batch)
     return Point(params, kick(momentum, gradient), loss, gradient)
+
+
+def apply_metric(target: LocalPosterior, scale: Params | Whitening, gradient: Params) -> Params:
+    """Turn a gradient in the weights into one in the coordinates of the momentum."""
+    sigma = scale.scale if isinstance(scale, Whitening) else scale
+    return _stretch(target, scale, jax.tree.map(jnp.multiply, sigma, gradient))
 
 
 def energy_error(target: LocalPosterior, first: Point, last: Point) -> Float[Array, ""]:
