@@ -46,8 +46,8 @@ class LLCEstimate:
             depends on them) or "do not trust".
         warnings: every reason for doubt, with the knob to turn.
         diagnostics: numbers behind the warnings; `virial` should be 1, is the sum of its two parts,
-            and NaN for bounded base measures. `equilibration_effect`, with `keep_energy` only: by how much the estimate would
-            change if gamma |w - w*|^2 / 2 had the mean that the virial ratio asks for, from the slope of nbeta L in it.
+            and NaN for bounded base measures. `equilibration_effect`, of Metropolis kernels with `keep_energy`: by how much the
+            estimate would change if gamma |w - w*|^2 / 2 had the mean that the virial ratio asks for, from the slope of nbeta L in it.
         companions: other estimates from the same chains, by name: (value, standard error). `variance` is nbeta^2 Var(L), which
             needs no L(w*) and equals the LLC where nbeta (L - L*) is gamma distributed; `multiplicity corrected` is
             E + (E - Var) log nbeta, nearer to the learning coefficient where its multiplicity is above 1;
@@ -130,7 +130,8 @@ def llc(draws: Draws, init_loss: float, *, init_loss_std_error: float = 0.0) -> 
     }
     if info.acceptance is not None:
         diagnostics["acceptance"] = float(info.acceptance.mean())
-    if isinstance(draws.collected, Energy) and not np.isnan(localization):
+    # Without a Metropolis test discretization moves the virial ratio too, and the estimate by more than this.
+    if isinstance(draws.collected, Energy) and info.acceptance is not None and not np.isnan(localization):
         missing = max(abs(1 - diagnostics["virial"]), diagnostics["virial_std_error"]) * dimension / 2
         diagnostics["equilibration_effect"] = abs(_slope_in_spread(draws, finite, nbeta)) * missing
     severe, soft = _judge(estimate, diagnostics)

@@ -91,6 +91,16 @@ def test_minibatch_kernel_of_the_user_keeps_to_the_budget(key):
 
 
 @pytest.mark.slow
+def test_long_trajectories_take_over_within_the_budget_where_checks_fail(key):
+    problem = analytic.catalogue()["10 singular blocks"]
+    settings = {"nbeta": 1e5, "max_gradients": 12_000, "progress": False}
+    estimate = estimate_llc(key, problem.loss_fn, problem.center, None, **settings)
+    # The metric takes a tenth; after 100, 200 and 400 trajectories of 8 steps a fifth is spent, the rest is for those of 32.
+    assert estimate.status == "do not trust"
+    assert estimate.diagnostics["gradients_per_chain"] == 1200 + 8 * 400 + 32 * ((12_000 - 1200 - 8 * 400) // 32)
+
+
+@pytest.mark.slow
 def test_same_key_gives_the_same_estimate(key):
     first, second = (
         estimate_llc(key, regression, CENTER, DATA, num_chains=4, max_gradients=800, progress=False) for _ in range(2)
