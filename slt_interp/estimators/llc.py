@@ -46,8 +46,9 @@ class LLCEstimate:
             depends on them) or "do not trust".
         warnings: every reason for doubt, with the knob to turn.
         diagnostics: numbers behind the warnings; `virial` should be 1, is the sum of its two parts,
-            and NaN for bounded base measures. `equilibration_effect`, of Metropolis kernels with `keep_energy`: by how much the
-            estimate would change if gamma |w - w*|^2 / 2 had the mean that the virial ratio asks for, from the slope of nbeta L in it.
+            and NaN for bounded base measures. `equilibration_effect`, of Metropolis kernels with `keep_energy`: by how much
+            the estimate would change, by the slope of nbeta L in gamma |w - w*|^2 / 2 over the draws, if that had the mean
+            that the virial ratio asks for.
         companions: other estimates from the same chains, by name: (value, standard error). `variance` is nbeta^2 Var(L), which
             needs no L(w*) and equals the LLC where nbeta (L - L*) is gamma distributed; `multiplicity corrected` is
             E + (E - Var) log nbeta, nearer to the learning coefficient where its multiplicity is above 1;
