@@ -127,7 +127,7 @@ def _measure(config: Config, problem: AnalyticProblem) -> tuple[dict[str, Any], 
             key = jax.random.fold_in(jax.random.key(seed), 17)
             ours = _row(problem, nbeta, seed, "estimate_llc", 1.0, partial(_ours, config, key, problem, nbeta))
             rows.append(ours)
-            cost = int(ours["gradients_per_chain"] or 20_000)
+            cost = int(ours["gradients_per_chain"] or config.max_gradients or 20_000)
             sgld = partial(_sgld, config, key, problem, nbeta, cost)
             rows.append(_row(problem, nbeta, seed, "SGLD", config.sgld_localization, sgld))
     return {"rows": rows}, {}

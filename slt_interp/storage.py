@@ -189,12 +189,14 @@ class DrawFiles:
             if num_draws and there < num_draws * self._row(leaf):
                 raise InputError(f"{file} is damaged (it lacks some of {num_draws} draws): restore it, or remove the whole run")
         for file, leaf in self._files:
-            # A new file takes its name when it is complete: a reader that comes early must not find it without a header.
-            under = file if num_draws else file.with_suffix(".new")
-            with open(under, "r+b" if num_draws else "wb") as stream:
+            if not num_draws:
+                # A reader that comes early must not find a file without a header.
+                with _replacing(file) as part, open(part, "wb") as stream:
+                    self._write_header(stream, leaf)
+                continue
+            with open(file, "r+b") as stream:
                 self._write_header(stream, leaf)
                 stream.truncate(stream.tell() + num_draws * self._row(leaf))
-            under.replace(file)
 
     def append(self, draws: PyTree[np.ndarray]) -> None:
         """Write draws (chain, draw, *event) behind the others."""

@@ -4,6 +4,7 @@ A pytree of floating arrays is one vector here: it has a dimension, inner produc
 arithmetic itself is `jax.tree.map`, written where it is used.
 """
 
+import dataclasses
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
@@ -15,7 +16,7 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from slt_interp.noise import standard_normal
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 Real = Array | np.ndarray | np.number | float
 """A number, or a real array, of whatever library."""
@@ -24,26 +25,28 @@ Params = PyTree[Float[Array, "..."]]
 """Model weights: any pytree of floating arrays."""
 
 
-def register_dataclass(cls: type[T], *, data_fields: Sequence[str], meta_fields: Sequence[str]) -> type[T]:
+def register_dataclass(cls: type[_T], *, data_fields: Sequence[str], meta_fields: Sequence[str]) -> type[_T]:
     """Register a dataclass as a pytree, as `jax.tree_util.register_dataclass` does, but never mistaken for another class.
 
     In JAX 0.10 structures of two classes registered there compare equal when their fields agree in number and their meta
     fields in value, whatever the classes: a jitted function may then answer for one with what it compiled for the other.
     """
     names = tuple(data_fields)
+    if {*names, *meta_fields} != {field.name for field in dataclasses.fields(cls) if field.init}:  # pyright: ignore
+        raise TypeError(f"data_fields and meta_fields must be the fields of {cls.__name__} together")
 
-    def children(value: T) -> tuple[Any, ...]:
+    def children(value: _T) -> tuple[Any, ...]:
         return tuple(getattr(value, name) for name in names)
 
-    def meta(value: T) -> tuple[Any, ...]:
+    def meta(value: _T) -> tuple[Any, ...]:
         return tuple(getattr(value, name) for name in meta_fields)
 
-    def flatten_with_keys(value: T) -> tuple[Any, tuple[Any, ...]]:
+    def flatten_with_keys(value: _T) -> tuple[Any, tuple[Any, ...]]:
         keys = map(jax.tree_util.GetAttrKey, names)
         return tuple(zip(keys, children(value), strict=True)), meta(value)
 
-    def unflatten(meta: tuple[Any, ...], children: Iterable[Any]) -> T:
-        return cls(**dict(zip(names, children, strict=True)), **dict(zip(meta_fields, meta, strict=True)))
+    def unflatten(settings: tuple[Any, ...], values: Iterable[Any]) -> _T:
+        return cls(**dict(zip(names, values, strict=True)), **dict(zip(meta_fields, settings, strict=True)))
 
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, lambda value: (children(value), meta(value)))
     return cls

@@ -4,8 +4,8 @@
 2. On full batches Hamiltonian Monte Carlo, whose metric is learned by all chains together; on minibatches SGLD with a
    control variate, run again at half the step size.
 3. Rounds, each of which doubles the run, until the error bar is small and no check fails, or the budget is spent; where checks
-   still fail after a fifth of it, trajectories four times as long, which move along thin arms of a singular set. Burn-in is the
-   shortest of three parts of the run after which nothing drifts.
+   still fail at the first look after a fifth of it, trajectories four times as long, which move along thin arms of a singular
+   set. Burn-in is the shortest of three parts of the run after which nothing drifts.
 """
 
 from collections.abc import Callable
@@ -70,8 +70,8 @@ def estimate_llc(
         mask: which coordinates are sampled; see `LocalPosterior`.
         num_chains: independent chains.
         precision: standard error to reach, as a part of the estimate; above twice the default it is not called ok.
-        max_gradients: gradients per chain at most, warm-up and the metric included (not SGLD's pilots, nor curvature); by
-            default 100,000 for at most 512 weights, and 20,000 for more.
+        max_gradients: gradients per chain at most, warm-up and the metric included; pilots that measure a kernel's cost or
+            choose SGLD's step, and curvature, are not. By default 100,000 for at most 512 weights, and 20,000 for more.
         progress: whether to show progress bars.
 
     Returns:
@@ -96,7 +96,7 @@ def estimate_llc(
     budget = _BUDGETS[dimension(params) > _MAX_WHITENED] if max_gradients is None else max_gradients
     if budget < 1:
         raise InputError(f"max_gradients must be at least 1, but is {max_gradients}: leave it out for the default")
-    names = ("chains", "pilot", "spectrum", "step", "bias", "batch")
+    names: tuple[str, ...] = ("chains", "pilot", "spectrum", "step", "bias", "batch", "long")
     keys = dict(zip(names, jax.random.split(key, len(names)), strict=True))
     target = LocalPosterior(loss_fn, params, nbeta, 1.0 if localization is None else localization, mask)
     check_target(target, params, data)
@@ -117,35 +117,25 @@ def estimate_llc(
     is_full = is_small or (chosen is not None and chosen.full_batch)
     batches = FullBatch(data) if is_full else Minibatches(data, _BATCH_SIZE)
     run = partial(sample, params=params, batches=batches, num_chains=num_chains, mesh=chain_mesh(num_chains), progress=progress)
-    rounds = partial(_in_rounds, key=keys["chains"], init_loss=init_loss, precision=precision, is_full=is_full)
+    rounds = partial(_in_rounds, init_loss=init_loss, precision=precision, is_full=is_full)
     if chosen is not None:
         per_step = 1.0
         if chosen.full_batch:
             # Some take many gradients per step, and NUTS as many as it likes.
             pilot = run(keys["pilot"], chosen, num_draws=1, num_warmup=_PILOT_STEPS)
             per_step = float(np.mean(pilot.num_gradients)) / pilot.num_steps
-        estimate, draws = rounds(run, kernel=chosen, steps=int(budget / per_step), num_warmup=int(budget / per_step / 8))
+        steps = int(budget / per_step)
+        estimate, draws = rounds(run, keys["chains"], kernel=chosen, steps=steps, num_warmup=steps // 8)
     elif is_full:
-        learning = min(budget // _METRIC_PART, _MAX_METRIC)
-        chosen, slope = _learn_metric(partial(run, keys["pilot"]), target, data, max(1, learning // _NUM_LEAPFROG))
-        estimate, draws = rounds(
-            run, kernel=chosen, steps=(budget - learning) // _NUM_LEAPFROG, patience=budget // _PATIENCE // _NUM_LEAPFROG
-        )
-        spent = learning + estimate.diagnostics["gradients_per_chain"]
-        left = (budget - spent) / _LONG_LEAPFROG
-        if estimate.status == DO_NOT_TRUST and left >= _FIRST_ROUND:
-            chosen = replace(chosen, num_leapfrog=_LONG_LEAPFROG)
-            estimate, draws = rounds(run, kernel=chosen, steps=int(left))
-            spent += estimate.diagnostics["gradients_per_chain"]
-        estimate.diagnostics["gradients_per_chain"] = spent
+        chosen, estimate, draws, slope = _by_hmc(run, rounds, keys, target, data, budget)
         notes += _slope_note(slope, estimate)
     else:
         target = target.with_control_variate(data)
         step_size = settled_step_size(keys["step"], target, params, batches)
         chosen = SGLD(target, step_size / 2)
-        # Half a step goes half as far: twice as many.
-        first, _ = rounds(run, kernel=SGLD(target, step_size), steps=budget // 3)
-        estimate, draws = rounds(run, kernel=chosen, steps=2 * budget // 3)
+        # A control variate takes a second gradient. Half a step goes half as far: twice as many.
+        first, _ = rounds(run, keys["long"], kernel=SGLD(target, step_size), steps=budget // 6)
+        estimate, draws = rounds(run, keys["chains"], kernel=chosen, steps=budget // 3)
         estimate.diagnostics["gradients_per_chain"] += first.diagnostics["gradients_per_chain"]
         estimate = _with_whole_step(estimate, first)
     if isinstance(chosen, SGLD) and not chosen.leimkuhler_matthews:
@@ -156,6 +146,7 @@ def estimate_llc(
         estimate = _with_step_bias(estimate, bias)
     if spectrum is not None:
         estimate = _with_localization_effect(estimate, spectrum)
+    estimate = _with_error_limit(estimate)
     return replace(estimate, warnings=(*estimate.warnings, *notes))
 
 
@@ -186,6 +177,32 @@ _ERROR_LIMIT = 0.02
 _STEP_BIAS_LIMIT = 0.03
 _LOCALIZATION_LIMIT = 0.02
 _SLOPE_LIMIT = 0.02
+
+
+def _by_hmc(
+    run: Callable[..., Draws],
+    rounds: Callable[..., tuple[LLCEstimate, Draws]],
+    keys: dict[str, Key[Array, ""]],
+    target: LocalPosterior,
+    data: Batch,
+    budget: int,
+) -> tuple[HMC, LLCEstimate, Draws, float]:
+    """Run HMC on full batches, with longer trajectories where checks fail for long; also return what `_learn_metric` does."""
+    learning = max(1, min(budget // _METRIC_PART, _MAX_METRIC) // _NUM_LEAPFROG)
+    kernel, slope = _learn_metric(partial(run, keys["pilot"]), target, data, learning)
+    spent = learning * _NUM_LEAPFROG
+    steps, patience = (budget - spent) // _NUM_LEAPFROG, budget // _PATIENCE // _NUM_LEAPFROG
+    can_turn = budget >= 2 * _LONG_LEAPFROG * _FIRST_ROUND
+    estimate, draws = rounds(run, keys["chains"], kernel=kernel, steps=steps, patience=patience, gives_up=can_turn)
+    spent += estimate.diagnostics["gradients_per_chain"]
+    left = int((budget - spent) / _LONG_LEAPFROG)
+    # Where the loss falls away from the center no trajectory helps.
+    if can_turn and estimate.status == DO_NOT_TRUST and estimate.llc > 0 and left >= _FIRST_ROUND:
+        kernel = replace(kernel, num_leapfrog=_LONG_LEAPFROG)
+        estimate, draws = rounds(run, keys["long"], kernel=kernel, steps=left, patience=0)
+        spent += estimate.diagnostics["gradients_per_chain"]
+    estimate.diagnostics["gradients_per_chain"] = spent
+    return kernel, estimate, draws, slope
 
 
 def _learn_metric(run: Callable[..., Draws], target: LocalPosterior, data: Batch, num_steps: int) -> tuple[HMC, float]:
@@ -235,8 +252,8 @@ def _gradient(target: LocalPosterior, params: Params, data: Batch) -> Params:
 
 def _in_rounds(
     run: Callable[..., Draws],
-    *,
     key: Key[Array, ""],
+    *,
     kernel: Kernel,
     steps: int,
     init_loss: float,
@@ -244,11 +261,11 @@ def _in_rounds(
     is_full: bool,
     num_warmup: int = 0,
     patience: int | None = None,
+    gives_up: bool = False,
 ) -> tuple[LLCEstimate, Draws]:
     """Double the run until its error bar is small and no check fails, or `steps` are made, warm-up included.
 
-    After `patience` steps flat directions may stay as they are, and a run that is not to be trusted for another reason than its
-    error bar is given up.
+    After `patience` steps flat directions may stay as they are, and if it `gives_up` a run that fails a check ends.
     """
     steps = max(1, steps - num_warmup)
     thinning = -(-steps // _MAX_DRAWS)
@@ -272,12 +289,9 @@ def _in_rounds(
         is_precise = error <= precision * abs(estimate.llc)
         if num_draws == last or (is_precise and estimate.status == OK):
             break
-        if is_late and (estimate.status == DO_NOT_TRUST or is_precise):
+        if is_late and (gives_up if estimate.status == DO_NOT_TRUST else is_precise):
             break
         num_draws *= 2
-    if error > _ERROR_LIMIT * abs(estimate.llc):
-        warning = f"the standard error is {error / abs(estimate.llc):.1%} of the estimate: raise max_gradients"
-        estimate = replace(estimate, warnings=(*estimate.warnings, warning), status=DO_NOT_TRUST)
     return estimate, settled
 
 
@@ -333,6 +347,17 @@ def _with_step_bias(estimate: LLCEstimate, bias: float) -> LLCEstimate:
         warnings=(*estimate.warnings, warning),
         status=DO_NOT_TRUST if severe else estimate.status,
     )
+
+
+def _with_error_limit(estimate: LLCEstimate) -> LLCEstimate:
+    """Do not trust an estimate whose error bar is wide."""
+    if not estimate.std_error > _ERROR_LIMIT * abs(estimate.llc):
+        return estimate
+    part = estimate.std_error / abs(estimate.llc) if estimate.llc else np.inf
+    warning = (
+        f"the standard error is {part:.1%} of the estimate: raise max_gradients, or lower precision if that stopped the run"
+    )
+    return replace(estimate, warnings=(*estimate.warnings, warning), status=DO_NOT_TRUST)
 
 
 def _with_localization_effect(estimate: LLCEstimate, spectrum: Spectrum) -> LLCEstimate:

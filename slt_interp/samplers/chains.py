@@ -300,7 +300,7 @@ def _continue(previous: Draws, kernel: Kernel, kept: _Memory, num_draws: int, co
             f"previous holds {held[1]} draws of {held[0]} chains with (num_warmup, num_burnin, thinning) = {settings}: give "
             f"the same, and num_draws of at least {held[1]}"
         )
-    if fingerprint(previous.kernel) != fingerprint(kernel):
+    if fingerprint((previous.kernel, step_sizes(previous.kernel, 10**6))) != fingerprint((kernel, step_sizes(kernel, 10**6))):
         raise InputError("previous holds draws of another kernel, or of another target: give the kernel that made them")
     kept.append(named(previous.info, previous.collected))
     return previous.num_steps

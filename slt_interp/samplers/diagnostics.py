@@ -45,6 +45,8 @@ def tail_ess(series: Series) -> float:
     NaN if the series does not vary or its halves are shorter than `MIN_DRAWS`.
     """
     halves = _halves(series)
+    if halves.size == 0:
+        return float("nan")
     return min(effective_sample_size(halves <= np.quantile(halves, q)) for q in (0.05, 0.95))
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 from flax import nnx
 
 from slt_interp import SGLD, Spectrum, analytic, estimate_llc, estimate_spectrum
@@ -54,7 +55,8 @@ def test_intervals_of_estimates_called_ok_cover_the_truth(key):
         for k in jax.random.split(key, 40)
     ]
     assert all(estimate.status == "ok" for estimate in estimates)
-    covered = sum(abs(e.llc - problem.energy(1e3, 1.0)) < 1.96 * e.std_error for e in estimates)
+    quantile = scipy.stats.t(7).ppf(0.975)
+    covered = sum(abs(e.llc - problem.energy(1e3, 1.0)) < quantile * e.std_error for e in estimates)
     assert covered > 31
 
 
@@ -71,7 +73,8 @@ def test_smooth_point_has_its_local_value_and_not_the_fibres_minimum(key):
 @pytest.mark.slow
 def test_minibatches_beyond_8192_examples_are_paired_and_checked_at_half_the_step(key):
     problem = analytic.linear_regression(key, 10_000, 8)
-    estimate = estimate_llc(key, problem.loss_fn, problem.center, problem.data, max_gradients=6000, progress=False)
+    estimate = estimate_llc(key, problem.loss_fn, problem.center, problem.data, max_gradients=12_000, progress=False)
+    assert estimate.diagnostics["gradients_per_chain"] <= 12_000
     exact = problem.energy(estimate.nbeta, estimate.localization)
     bias = estimate.diagnostics["predicted_step_bias"]
     assert 0 < bias < 0.02 * exact
@@ -91,13 +94,13 @@ def test_minibatch_kernel_of_the_user_keeps_to_the_budget(key):
 
 
 @pytest.mark.slow
-def test_long_trajectories_take_over_within_the_budget_where_checks_fail(key):
-    problem = analytic.catalogue()["10 singular blocks"]
-    settings = {"nbeta": 1e5, "max_gradients": 12_000, "progress": False}
+@pytest.mark.parametrize("budget", [4000, 12_000])  # without and with room for long trajectories
+def test_budget_is_spent_where_checks_fail(key, budget):
+    problem = analytic.catalogue()["50 singular blocks"]
+    settings = {"nbeta": 1e5, "max_gradients": budget, "progress": False}
     estimate = estimate_llc(key, problem.loss_fn, problem.center, None, **settings)
-    # The metric takes a tenth; after 100, 200 and 400 trajectories of 8 steps a fifth is spent, the rest is for those of 32.
     assert estimate.status == "do not trust"
-    assert estimate.diagnostics["gradients_per_chain"] == 1200 + 8 * 400 + 32 * ((12_000 - 1200 - 8 * 400) // 32)
+    assert budget - 32 < estimate.diagnostics["gradients_per_chain"] <= budget
 
 
 @pytest.mark.slow
