@@ -96,8 +96,8 @@ def estimate_llc(
     budget = _BUDGETS[dimension(params) > _MAX_WHITENED] if max_gradients is None else max_gradients
     if budget < 1:
         raise InputError(f"max_gradients must be at least 1, but is {max_gradients}: leave it out for the default")
-    names: tuple[str, ...] = ("chains", "pilot", "spectrum", "step", "bias", "batch", "long")
-    keys = dict(zip(names, jax.random.split(key, len(names)), strict=True))
+    names = ("chains", "pilot", "spectrum", "step", "bias", "batch", "long")
+    keys: dict[str, Key[Array, ""]] = dict(zip(names, jax.random.split(key, len(names)), strict=True))
     target = LocalPosterior(loss_fn, params, nbeta, 1.0 if localization is None else localization, mask)
     check_target(target, params, data)
     init_loss, _ = mean_loss(loss_fn, params, data)
