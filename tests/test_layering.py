@@ -37,6 +37,7 @@ FLOORS = {
 # Within floor 0 everything may use the errors and the trees.
 BELOW = {
     ("data", "errors"),
+    ("data", "tree"),
     ("tree", "noise"),
     ("data", "noise"),
     ("posterior", "bases"),
