@@ -30,9 +30,12 @@ def register_dataclass(cls: type[_T], *, data_fields: Sequence[str], meta_fields
 
     In JAX 0.10 structures of two classes registered there compare equal when their fields agree in number and their meta
     fields in value, whatever the classes: a jitted function may then answer for one with what it compiled for the other.
+
+    Raises:
+        TypeError: if the fields named are not those of the class.
     """
-    names = tuple(data_fields)
-    if {*names, *meta_fields} != {field.name for field in dataclasses.fields(cls) if field.init}:  # pyright: ignore
+    names, known = tuple(data_fields), dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]
+    if {*names, *meta_fields} != {field.name for field in known}:
         raise TypeError(f"data_fields and meta_fields must be the fields of {cls.__name__} together")
 
     def children(value: _T) -> tuple[Any, ...]:

@@ -1,3 +1,5 @@
+from dataclasses import make_dataclass
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,3 +78,11 @@ def test_first_difference_between_structures_is_named():
         tree.check_like({"a": jnp.zeros(1), "b": jnp.zeros(3)}, {"a": jnp.zeros(1), "b": jnp.zeros(2)}, "params", "center")
     with pytest.raises(ValueError, match=r"params is .* and center is"):
         tree.check_like([jnp.zeros(1)], (jnp.zeros(1),), "params", "center")
+
+
+def test_dataclass_is_registered_with_all_its_fields_or_not_at_all():
+    with pytest.raises(TypeError, match="must be the fields of Pair together"):
+        tree.register_dataclass(make_dataclass("Pair", ["a", "b"]), data_fields=["a"], meta_fields=[])
+    kind = tree.register_dataclass(make_dataclass("Pair", ["a", "b"]), data_fields=["a"], meta_fields=["b"])
+    assert jax.tree.map(lambda x: x + 1, kind(1, "kept")) == kind(2, "kept")
+    assert jax.tree_util.keystr(jax.tree.leaves_with_path(kind(1, "kept"))[0][0]) == ".a"

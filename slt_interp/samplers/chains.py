@@ -164,8 +164,7 @@ def sample(
     else:
         shapes = [(x.dtype.name, x.shape) for x in jax.tree.leaves(like)]
         settings = (shapes, num_chains, num_warmup, num_burnin, thinning, precision and (precision, check_every))
-        # A schedule is a function, whose name says nothing of its numbers.
-        arrays = (key, kernel, params, batches, collect, step_sizes(kernel, 10**6))
+        arrays = (key, _with_schedule(kernel), params, batches, collect)
         checkpoints = Checkpoints(Path(checkpoint) / "state", fingerprint(arrays, *settings))
         found = checkpoints.restore(now)
         if found is None:
@@ -292,6 +291,11 @@ class _Memory:
         return jax.tree.map(lambda x: x[:, : self.num_draws], self._arrays)
 
 
+def _with_schedule(kernel: Kernel) -> tuple[Kernel, np.ndarray]:
+    """Add to a kernel what tells its schedule from others: a function's name says nothing of its numbers."""
+    return kernel, step_sizes(kernel, 10**6)
+
+
 def _continue(previous: Draws, kernel: Kernel, kept: _Memory, num_draws: int, counts: tuple[int, int, int]) -> int:
     """Take over what `previous` holds, and return how many steps that was."""
     held, settings = previous.loss.shape, (previous.num_warmup, previous.num_burnin, previous.thinning)
@@ -300,7 +304,7 @@ def _continue(previous: Draws, kernel: Kernel, kept: _Memory, num_draws: int, co
             f"previous holds {held[1]} draws of {held[0]} chains with (num_warmup, num_burnin, thinning) = {settings}: give "
             f"the same, and num_draws of at least {held[1]}"
         )
-    if fingerprint((previous.kernel, step_sizes(previous.kernel, 10**6))) != fingerprint((kernel, step_sizes(kernel, 10**6))):
+    if fingerprint(_with_schedule(previous.kernel)) != fingerprint(_with_schedule(kernel)):
         raise InputError("previous holds draws of another kernel, or of another target: give the kernel that made them")
     kept.append(named(previous.info, previous.collected))
     return previous.num_steps

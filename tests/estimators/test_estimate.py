@@ -1,6 +1,7 @@
 """`estimate_llc` with nothing hand-set, against exact answers."""
 
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 import scipy.stats
 from flax import nnx
 
-from slt_interp import SGLD, Spectrum, analytic, estimate_llc, estimate_spectrum
+from slt_interp import SGLD, Spectrum, analytic, estimate_llc, estimate_spectrum, sample
 from slt_interp.errors import InputError
 from slt_interp.estimators.calibration import local_window, resolved_localization_effect
 
@@ -94,13 +95,21 @@ def test_minibatch_kernel_of_the_user_keeps_to_the_budget(key):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("budget", [4000, 12_000])  # without and with room for long trajectories
-def test_budget_is_spent_where_checks_fail(key, budget):
+def test_budget_is_spent_where_checks_fail_and_long_trajectories_have_their_part_of_a_large_one(key, monkeypatch):
     problem = analytic.catalogue()["50 singular blocks"]
-    settings = {"nbeta": 1e5, "max_gradients": budget, "progress": False}
-    estimate = estimate_llc(key, problem.loss_fn, problem.center, None, **settings)
-    assert estimate.status == "do not trust"
-    assert budget - 32 < estimate.diagnostics["gradients_per_chain"] <= budget
+    lengths = set()
+
+    def recorded(key, kernel, **settings):
+        lengths.add(kernel.num_leapfrog)
+        return sample(key, kernel, **settings)
+
+    monkeypatch.setattr(sys.modules[estimate_llc.__module__], "sample", recorded)
+    for budget, expected in ((4000, {8}), (12_000, {8, 32})):
+        settings = {"nbeta": 1e5, "max_gradients": budget, "progress": False}
+        estimate = estimate_llc(key, problem.loss_fn, problem.center, None, **settings)
+        assert estimate.status == "do not trust"
+        assert budget - 32 < estimate.diagnostics["gradients_per_chain"] <= budget
+        assert lengths == expected
 
 
 @pytest.mark.slow
