@@ -9,8 +9,10 @@ from slt_interp.curvature.spectrum import Spectrum, estimate_spectrum
 from slt_interp.data import FullBatch, Minibatches
 from slt_interp.estimators.estimate import estimate_llc
 from slt_interp.estimators.information import Information, information, keep_example_losses, wbic
+from slt_interp.estimators.ladder import Ladder
 from slt_interp.estimators.llc import LLCEstimate, keep_energy, llc, mean_loss
 from slt_interp.estimators.sweep import Sweep, calibration_sweep
+from slt_interp.estimators.tempering import temper
 from slt_interp.posterior import LocalPosterior
 from slt_interp.probes.draws import over_draws
 from slt_interp.samplers.chains import chain_mesh, sample
@@ -37,6 +39,7 @@ __all__ = [
     "Gaussian",
     "Information",
     "LLCEstimate",
+    "Ladder",
     "LocalPosterior",
     "Minibatches",
     "RMSPropSGLD",
@@ -56,5 +59,6 @@ __all__ = [
     "over_draws",
     "read_draws",
     "sample",
+    "temper",
     "wbic",
 ]

@@ -15,7 +15,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Key, PyTree
+from jaxtyping import Array, Bool, Key, PyTree
 
 from slt_interp.bases import BASES
 from slt_interp.curvature.spectrum import Spectrum, estimate_spectrum
@@ -29,10 +29,11 @@ from slt_interp.estimators.calibration import (
     settled_step_size,
 )
 from slt_interp.estimators.llc import DO_NOT_TRUST, OK, LLCEstimate, keep_energy, llc, mean_loss
+from slt_interp.estimators.rungs import MAX_WHITENED, Families, place_rungs, top_rung
 from slt_interp.posterior import LocalPosterior, LossFn, check_target
 from slt_interp.samplers.chains import chain_mesh, sample
 from slt_interp.samplers.draws import Draws, keep_nothing
-from slt_interp.samplers.hamiltonian import MetropolisState, apply_metric, learned_scale, whitening
+from slt_interp.samplers.hamiltonian import MetropolisState, apply_metric, learned_metric, learned_scale, needs_directions
 from slt_interp.samplers.hmc import HMC
 from slt_interp.samplers.kernel import Info, Kernel
 from slt_interp.samplers.sgld import SGLD
@@ -71,7 +72,7 @@ def estimate_llc(
         num_chains: independent chains.
         precision: standard error to reach, as a part of the estimate; above twice the default it is not called ok.
         max_gradients: gradients per chain at most, warm-up and the metric included; pilots that measure a kernel's cost or
-            choose SGLD's step, and curvature, are not. By default 100,000 for at most 512 weights, and 20,000 for more.
+            choose SGLD's step, and curvature, are not. By default 200,000 for at most 512 weights, and 20,000 for more.
         progress: whether to show progress bars.
 
     Returns:
@@ -93,7 +94,7 @@ def estimate_llc(
         if not np.all(np.asarray(value) > 0):
             hint = "n / log n is customary" if name == "nbeta" else "0.01 is the default"
             raise InputError(f"{name} must be positive, but is {value}: {hint}")
-    budget = _BUDGETS[dimension(params) > _MAX_WHITENED] if max_gradients is None else max_gradients
+    budget = _BUDGETS[dimension(params) > MAX_WHITENED] if max_gradients is None else max_gradients
     if budget < 1:
         raise InputError(f"max_gradients must be at least 1, but is {max_gradients}: leave it out for the default")
     names = ("chains", "pilot", "spectrum", "step", "bias", "batch", "long")
@@ -127,7 +128,8 @@ def estimate_llc(
         steps = int(budget / per_step)
         estimate, draws = rounds(run, keys["chains"], kernel=chosen, steps=steps, num_warmup=steps // 8)
     elif is_full:
-        chosen, estimate, draws, slope = _by_hmc(run, rounds, keys, target, data, budget)
+        families = Families(params, data, num_chains // 2, progress)
+        chosen, estimate, draws, slope = _by_hmc(run, rounds, keys, target, families, budget, precision)
         notes += _slope_note(slope, estimate)
     else:
         target = target.with_control_variate(data)
@@ -155,10 +157,7 @@ _BATCH_SIZE = 512
 
 _MATVECS, _PROBES = 64, 2
 
-_MAX_WHITENED = 512
-"""Above this dimension a metric has one number per coordinate: directions would cost more than gradients."""
-
-_BUDGETS = 100_000, 20_000
+_BUDGETS = 200_000, 20_000
 """Up to that dimension, and above."""
 
 _NUM_LEAPFROG, _LONG_LEAPFROG = 8, 32
@@ -168,6 +167,11 @@ _METRIC_PART, _MAX_METRIC = 10, 2000
 
 _PATIENCE = 5
 """After one of so many parts of the budget a run whose checks still fail is given up for longer trajectories."""
+
+_SCATTER_PER_RUNG, _MORE_RUNGS = 1 / 1.4, 4
+"""A ladder has a rung for so many standard deviations of nbeta L, and a few more."""
+
+_MIN_LADDER_DRAWS, _BURNIN_PER_RUNG = 1500, 4
 
 _PILOT_STEPS = 20
 _FIRST_ROUND = 100
@@ -184,25 +188,63 @@ def _by_hmc(
     rounds: Callable[..., tuple[LLCEstimate, Draws]],
     keys: dict[str, Key[Array, ""]],
     target: LocalPosterior,
-    data: Batch,
+    families: Families,
     budget: int,
+    precision: float,
 ) -> tuple[HMC, LLCEstimate, Draws, float]:
-    """Run HMC on full batches, with longer trajectories where checks fail for long; also return what `_learn_metric` does."""
+    """Run HMC on full batches; where checks fail for long, go on otherwise. Also return the slope of `_learn_metric`.
+
+    A ladder of temperatures enters the thin arms and flat directions of a singular set from the base measure. It has about
+    sqrt(LLC) log nbeta rungs: where they are too many for the budget, trajectories four times as long take its place.
+    """
     learning = max(1, min(budget // _METRIC_PART, _MAX_METRIC) // _NUM_LEAPFROG)
-    kernel, slope = _learn_metric(partial(run, keys["pilot"]), target, data, learning)
+    kernel, slope = _learn_metric(partial(run, keys["pilot"]), target, families.data, learning)
     spent = learning * _NUM_LEAPFROG
     steps, patience = (budget - spent) // _NUM_LEAPFROG, budget // _PATIENCE // _NUM_LEAPFROG
     can_turn = budget >= 2 * _LONG_LEAPFROG * _FIRST_ROUND
     estimate, draws = rounds(run, keys["chains"], kernel=kernel, steps=steps, patience=patience, gives_up=can_turn)
     spent += estimate.diagnostics["gradients_per_chain"]
-    left = int((budget - spent) / _LONG_LEAPFROG)
-    # Where the loss falls away from the center no trajectory helps.
-    if can_turn and estimate.status == DO_NOT_TRUST and estimate.llc > 0 and left >= _FIRST_ROUND:
-        kernel = replace(kernel, num_leapfrog=_LONG_LEAPFROG)
-        estimate, draws = rounds(run, keys["long"], kernel=kernel, steps=left, patience=0)
-        spent += estimate.diagnostics["gradients_per_chain"]
+    # Where the loss falls away from the center nothing helps.
+    if can_turn and estimate.status == DO_NOT_TRUST and estimate.llc > 0:
+        rungs = _SCATTER_PER_RUNG * np.sqrt(estimate.llc) * np.log(max(np.e, estimate.nbeta)) + _MORE_RUNGS
+        if families.num_chains > 1 and (budget - spent) / _NUM_LEAPFROG / rungs >= _MIN_LADDER_DRAWS:
+            kernel, estimate, draws, more = _by_ladder(
+                keys["long"], target, families, estimate.init_loss, budget - spent, precision
+            )
+            spent += more
+        elif (left := int((budget - spent) / _LONG_LEAPFROG)) >= _FIRST_ROUND:
+            kernel = replace(kernel, num_leapfrog=_LONG_LEAPFROG)
+            estimate, draws = rounds(run, keys["long"], kernel=kernel, steps=left, patience=0)
+            spent += estimate.diagnostics["gradients_per_chain"]
     estimate.diagnostics["gradients_per_chain"] = spent
     return kernel, estimate, draws, slope
+
+
+def _by_ladder(
+    key: Key[Array, ""],
+    target: LocalPosterior,
+    families: Families,
+    init_loss: float,
+    budget: float,
+    precision: float,
+) -> tuple[HMC, LLCEstimate, Draws, float]:
+    """Read the coldest rung of a ladder whose lowest one is the base measure, from two families of chains."""
+    place_key, run_key = jax.random.split(key)
+    kernel, spent = place_rungs(place_key, replace(target, localization=target.base), families)
+    rungs = np.size(kernel.target.nbeta)
+    last = max(1, int((budget - spent) / (_NUM_LEAPFROG * rungs)) - _BURNIN_PER_RUNG * rungs)
+    num_draws, runs = _FIRST_ROUND, None
+    while True:
+        num_draws = min(num_draws, last)
+        runs = families.run(run_key, kernel, num_draws=num_draws, num_burnin=_BURNIN_PER_RUNG * rungs, previous=runs)
+        settled, estimate = _without_burnin(*top_rung(runs, kernel, target), init_loss=init_loss)
+        is_precise = estimate.std_error <= precision * abs(estimate.llc)
+        if num_draws == last or (is_precise and estimate.status == OK):
+            break
+        num_draws *= 2
+    spent += estimate.diagnostics["gradients_per_chain"]
+    estimate.diagnostics["num_rungs"] = rungs
+    return kernel.kernel, estimate, settled, spent
 
 
 def _learn_metric(run: Callable[..., Draws], target: LocalPosterior, data: Batch, num_steps: int) -> tuple[HMC, float]:
@@ -215,7 +257,7 @@ def _learn_metric(run: Callable[..., Draws], target: LocalPosterior, data: Batch
         falls near it, to second order.
     """
     kernel, center = HMC(target, 0.1, num_leapfrog=_NUM_LEAPFROG), target.position(target.center)
-    is_large = dimension(center) > _MAX_WHITENED
+    is_large = dimension(center) > MAX_WHITENED
     collecting = 0 if is_large else num_steps // 2
     draws = run(
         kernel,
@@ -228,14 +270,14 @@ def _learn_metric(run: Callable[..., Draws], target: LocalPosterior, data: Batch
     step_size = jnp.exp(jnp.mean(jnp.log(draws.state.step_size[finite])))
     if collecting:
         gradients = jax.tree.map(lambda x: jnp.asarray(x[finite]).reshape(-1, *x.shape[2:]), draws.collected)
-        squares = jax.tree.map(lambda x: jnp.mean(x**2, axis=0), gradients)
-    else:
-        squares = jax.tree.map(lambda x: jnp.mean(x[finite], axis=0), draws.state.adaptation.squares)
-    metric = scale = learned_scale(target, center, squares)
-    if collecting:
-        whitened, allowed = whitening(scale, gradients, jax.tree.map(jnp.sqrt, target.base.variance(center)))
-        if jnp.any(jnp.abs(jnp.log1p(whitened.factors)) > np.log(2)):
+        whitened, allowed = learned_metric(target, center, jax.tree.map(lambda x: jnp.mean(x**2, axis=0), gradients), gradients)
+        metric = whitened.scale
+        if needs_directions(whitened):
             metric, step_size = whitened, jnp.minimum(1.0, step_size * allowed)
+    else:
+        metric = learned_scale(
+            target, center, jax.tree.map(lambda x: jnp.mean(x[finite], axis=0), draws.state.adaptation.squares)
+        )
     steepest = apply_metric(target, metric, _gradient(target, center, data))
     return replace(kernel, step_size=float(step_size), scale=metric), 0.5 * float(dot(steepest, steepest))
 
@@ -283,7 +325,7 @@ def _in_rounds(
             chunk_size=min(_FIRST_ROUND, last) // 2 or 1,
             previous=draws,
         )
-        settled, estimate = _without_burnin(draws, init_loss)
+        settled, estimate = _without_burnin(draws, init_loss=init_loss)
         error = estimate.std_error
         is_late = patience is not None and draws.num_steps >= patience
         is_precise = error <= precision * abs(estimate.llc)
@@ -295,7 +337,9 @@ def _in_rounds(
     return estimate, settled
 
 
-def _without_burnin(draws: Draws, init_loss: float) -> tuple[Draws, LLCEstimate]:
+def _without_burnin(
+    draws: Draws, is_from_base: Bool[np.ndarray, " chain"] | None = None, *, init_loss: float
+) -> tuple[Draws, LLCEstimate]:
     """Drop the shortest of three parts of a run after which its halves agree."""
     for part in (8, 4, 2):
         cut = draws.loss.shape[1] // part
@@ -305,7 +349,7 @@ def _without_burnin(draws: Draws, init_loss: float) -> tuple[Draws, LLCEstimate]
             collected=jax.tree.map(lambda x, cut=cut: x[:, cut:], draws.collected),
             num_burnin=draws.num_burnin + cut * draws.thinning,
         )
-        estimate = llc(settled, init_loss)
+        estimate = llc(settled, init_loss, is_from_base=is_from_base)
         if abs(estimate.diagnostics["drift"]) <= 2 * estimate.diagnostics["drift_std_error"]:
             break
     return settled, estimate

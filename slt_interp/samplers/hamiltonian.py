@@ -43,13 +43,16 @@ class Adaptation(NamedTuple):
 
 
 class MetropolisState(NamedTuple):
-    """Position of a chain with loss and gradient there, the leapfrog step and the metric in use, and what adapts them."""
+    """Position of a chain with loss and gradient there, the leapfrog step and the metric in use, and what adapts them.
+
+    The metric is None where the kernel itself has one.
+    """
 
     params: Params
     loss: Float[Array, ""]
     gradient: Params
     step_size: Float[Array, ""]
-    scale: Params | Whitening
+    scale: Params | None
     adaptation: Adaptation
 
 
@@ -63,14 +66,14 @@ class Point(NamedTuple):
 
 
 def start(
-    target: LocalPosterior, params: Params, batch: Batch, step_size: Real, scale: Params | Whitening | None = None
+    target: LocalPosterior, params: Params, batch: Batch, step_size: Real, *, has_metric: bool = False
 ) -> MetropolisState:
-    """Start a chain at `params`, in float32 or better, with sigma as given (or 1) and a leapfrog step as given."""
+    """Start a chain at `params`, in float32 or better, with a leapfrog step as given; sigma is 1 if the kernel has none."""
     position = target.position(params)
     loss, gradient = target.value_and_grad(position, batch)
     step_size = jnp.asarray(step_size, loss.dtype)
-    log_step = jnp.log(step_size)
-    if scale is None:
+    log_step, scale = jnp.log(step_size), None
+    if not has_metric:
         # The first sigma of a warm-up is the base measure's, and the first step in weights the one that was given.
         logs = jax.tree.map(lambda v: jnp.sum(jnp.log(v)) / 2, target.base.variance(position))
         log_step = log_step - sum(jax.tree.leaves(logs)) / dimension(position)
@@ -81,11 +84,12 @@ def start(
     return MetropolisState(position, loss, gradient, step_size, scale, adaptation)
 
 
-def trial(target: LocalPosterior, state: MetropolisState, scale: Params | Whitening | None = None) -> MetropolisState:
-    """Put the step and the metric in use that warm-up tries next; a given metric stays."""
-    if scale is None:
-        scale = learned_scale(target, state.params, state.adaptation.squares)
-    return state._replace(step_size=jnp.exp(state.adaptation.averaging[0]), scale=scale)
+def trial(target: LocalPosterior, state: MetropolisState) -> MetropolisState:
+    """Put the step and the metric in use that warm-up tries next; a kernel's own metric stays."""
+    state = state._replace(step_size=jnp.exp(state.adaptation.averaging[0]))
+    if state.scale is None:
+        return state
+    return state._replace(scale=learned_scale(target, state.params, state.adaptation.squares))
 
 
 def learned_scale(target: LocalPosterior, params: Params, squares: Params) -> Params:
@@ -131,7 +135,19 @@ def mixed_step(key: Key[Array, ""], step_size: Float[Array, ""]) -> tuple[Float[
     return step_size * jnp.where(is_whole, 1.0, jnp.exp(-_SMALLEST_STEP * smaller)), is_whole
 
 
-def whitening(scale: Params, gradients: Params, longest: Params) -> tuple[Whitening, Real]:
+def learned_metric(
+    target: LocalPosterior, params: Params, squares: Params, gradients: Params
+) -> tuple[Whitening, Float[Array, ""]]:
+    """Turn mean squared gradients and a sample of gradients (sample, ...) into a metric, as `whitening` does."""
+    return whitening(learned_scale(target, params, squares), gradients, jax.tree.map(jnp.sqrt, target.base.variance(params)))
+
+
+def needs_directions(metric: Whitening) -> Bool[Array, ""]:
+    """Whether some direction is stretched by more than a factor of 2 either way: less is not worth its products."""
+    return jnp.any(jnp.abs(jnp.log1p(metric.factors)) > jnp.log(2.0))
+
+
+def whitening(scale: Params, gradients: Params, longest: Params) -> tuple[Whitening, Float[Array, ""]]:
     """Find the metric in which U's gradients are uncorrelated, so that U has curvature 1 in every direction on average.
 
     E[g g^T] is the mean Hessian of U. Its eigenvectors, in units of sigma, are stretched by eigenvalue^(-1/2); what the sample

@@ -71,11 +71,11 @@ class HMC:
     def init(self, key: Key[Array, ""], params: Params, batch: Batch) -> MetropolisState:
         """Start a chain at `params`, in float32 or better."""
         del key
-        return start(self.target, params, batch, self.step_size, self.scale)
+        return start(self.target, params, batch, self.step_size, has_metric=self.scale is not None)
 
     def adapt(self, key: Key[Array, ""], state: MetropolisState, batch: Batch) -> tuple[MetropolisState, Info]:
         """Make one transition, and learn step and metric from it."""
-        state, info, squares, is_whole = self._transition(key, trial(self.target, state, self.scale), batch)
+        state, info, squares, is_whole = self._transition(key, trial(self.target, state), batch)
         return learn(state, info.acceptance, self.target_acceptance, squares, is_whole), info
 
     def step(self, key: Key[Array, ""], state: MetropolisState, batch: Batch) -> tuple[MetropolisState, Info]:
@@ -91,6 +91,7 @@ class HMC:
         here = Point(state.params, momentum, state.loss, state.gradient)
         num_backward = jax.random.randint(place_key, (), 0, self.num_leapfrog + 1)
         uniforms = jax.random.uniform(choice_key, (self.num_leapfrog,))
+        scale = state.scale if self.scale is None else self.scale
 
         def measure(point: Point) -> tuple[Info, Params]:
             info = inspect(self.target, point.params, point.loss, point.gradient)
@@ -100,7 +101,7 @@ class HMC:
             end, chosen, log_total, info, squares, acceptance = carry
             # First the points before the present one; then from the present one onward.
             end = select(i == num_backward, here, end)
-            end = leapfrog(self.target, state.scale, end, jnp.where(i < num_backward, -time_step, time_step), batch)
+            end = leapfrog(self.target, scale, end, jnp.where(i < num_backward, -time_step, time_step), batch)
             error = energy_error(self.target, here, end)
             log_total = jnp.logaddexp(log_total, -error)
             fraction = jnp.exp(-error - log_total)

@@ -1,0 +1,247 @@
+"""`Ladder`: draws at a ladder of temperatures from the base measure to nbeta, and what is read from them.
+
+One set of draws gives the LLC at every scale, partition functions, and the base measure's mass of {L <= threshold}. Two
+families of chains that never meet, one started at draws of the base and one at the trained weights, tell whether the ladder has
+equilibrated: their difference is part of every error bar, and where it is too large the ladder says so.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from slt_interp.bases import Base
+from slt_interp.errors import InputError
+from slt_interp.estimators.llc import DO_NOT_TRUST, OK
+from slt_interp.estimators.reweighting import Reweighting
+from slt_interp.estimators.rungs import MIN_EXCHANGE
+from slt_interp.samplers.diagnostics import std_error
+from slt_interp.tree import Params
+
+
+@dataclass(frozen=True)
+class LLCCurve:
+    """The local learning coefficient at every rung above the base.
+
+    Attributes:
+        nbetas: increasing.
+        llc, std_error: E[nbeta (L - L*)].
+        heat_capacity, heat_capacity_std_error: nbeta^2 Var(L), which needs no L*; it equals the LLC where nbeta (L - L*) is
+            gamma distributed, and peaks at a transition.
+    """
+
+    nbetas: Float[np.ndarray, " rung"]
+    llc: Float[np.ndarray, " rung"]
+    std_error: Float[np.ndarray, " rung"]
+    heat_capacity: Float[np.ndarray, " rung"]
+    heat_capacity_std_error: Float[np.ndarray, " rung"]
+
+
+@dataclass(frozen=True)
+class LogPartition:
+    """log E_base exp(-nbeta (L - L*)) at every rung, 0 at nbeta 0, with standard errors."""
+
+    nbetas: Float[np.ndarray, " rung"]
+    log_z: Float[np.ndarray, " rung"]
+    std_error: Float[np.ndarray, " rung"]
+
+
+@dataclass(frozen=True)
+class LogVolume:
+    """log of the base measure's mass of {L <= L(w*) + threshold}, in nats.
+
+    Attributes:
+        thresholds: above the loss at the weights, nats per example.
+        log_volume, std_error: by weighted draws.
+        saddle_point: the same from energies alone, by inverting the partition function at its saddle point; it is good to about
+            1 / (12 (1 + LLC)) nats.
+    """
+
+    thresholds: Float[np.ndarray, " threshold"]
+    log_volume: Float[np.ndarray, " threshold"]
+    std_error: Float[np.ndarray, " threshold"]
+    saddle_point: Float[np.ndarray, " threshold"]
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """Draws of exp(-nbeta L) base(w) at rising nbeta; `print` it for the verdict.
+
+    Attributes:
+        nbetas: the rungs, the first 0.
+        loss: of the draws, nats per example, (rung, chain, draw).
+        mean_loss: averaged over the trajectory of each draw: the same expectation with less noise.
+        squared_distance: |w - w*|^2 of the draws.
+        is_from_base: for each chain, whether it started at draws of the base rather than at the weights.
+        replica: which of a chain's replicas was at the rung.
+        exchange: mean probability with which rungs r and r + 1 swap.
+        init_loss: L(w*), nats per example.
+        lowest_loss: L*, which energies are counted from: `init_loss`, or the lowest loss of any draw if that is lower.
+        base: the base measure.
+        params: the weights of the draws, (rung, chain, draw, ...), if they were kept.
+        num_lost: chains that became non-finite and are left out.
+        gradients_per_chain: all gradients that a chain took.
+    """
+
+    nbetas: Float[np.ndarray, " rung"]
+    loss: Float[np.ndarray, "rung chain draw"]
+    mean_loss: Float[np.ndarray, "rung chain draw"]
+    squared_distance: Float[np.ndarray, "rung chain draw"]
+    is_from_base: Bool[np.ndarray, " chain"]
+    replica: Int[np.ndarray, "rung chain draw"]
+    exchange: Float[np.ndarray, " pair"]
+    init_loss: float
+    lowest_loss: float
+    base: Base
+    params: Params | None
+    num_lost: int
+    gradients_per_chain: float
+
+    def __str__(self) -> str:
+        num_rungs, num_chains, num_draws = self.loss.shape
+        head = (
+            f"Ladder of {num_rungs} rungs up to nbeta {self.nbetas[-1]:.4g} ({num_chains} chains of {num_draws} draws, "
+            f"{self.round_trips:.1f} round trips per chain): {self.status}"
+        )
+        return "\n- ".join([head, *self.warnings])
+
+    @property
+    def status(self) -> str:
+        """Say "ok", or "do not trust" if there are warnings."""
+        return DO_NOT_TRUST if self.warnings else OK
+
+    @cached_property
+    def warnings(self) -> tuple[str, ...]:
+        """Every reason for doubt, with the knob to turn."""
+        found = []
+        if self.num_lost:
+            found.append(f"{self.num_lost} chains became non-finite and are left out: narrow the base measure")
+        worst = int(self.exchange.argmin())
+        if self.exchange[worst] < MIN_EXCHANGE:
+            found.append(
+                f"rungs at nbeta {self.nbetas[worst]:.3g} and {self.nbetas[worst + 1]:.3g} swap with probability "
+                f"{self.exchange[worst]:.2g} only, as at a first-order transition: narrow the base measure, or end below it"
+            )
+        gaps = self._family_gaps
+        far = np.flatnonzero(np.abs(gaps[0]) > np.maximum(_GAP_ERRORS * gaps[1], _GAP))
+        if len(far):
+            found.append(
+                f"chains from the base and from the weights disagree in log Z from nbeta {self.nbetas[far[0]]:.3g} on, by "
+                f"up to {np.abs(gaps[0]).max():.2g} nats: take more draws, or a narrower base measure"
+            )
+        drop = self.nbetas[-1] * (self.init_loss - self.lowest_loss)
+        if drop > _MAX_DROP:
+            found.append(
+                f"draws found a loss {self.init_loss - self.lowest_loss:.2g} nats below that at the weights, {drop:.2g} times "
+                "1 / nbeta at the top: the weights are no minimum; polish them (energies are counted from the lowest loss seen)"
+            )
+        return tuple(found)
+
+    @cached_property
+    def round_trips(self) -> float:
+        """Mean number of a chain's replicas' trips from the base to the top and back, per chain."""
+        num_rungs, num_chains, _ = self.replica.shape
+        trips = 0
+        for c in range(num_chains):
+            has_been_up = np.zeros(num_rungs, bool)
+            for bottom, top in zip(self.replica[0, c], self.replica[-1, c], strict=True):
+                trips += has_been_up[bottom]
+                has_been_up[bottom] = False
+                has_been_up[top] = True
+        return float(trips / num_chains)
+
+    def llc_curve(self) -> LLCCurve:
+        """Read the LLC at every rung; standard errors include the difference between the families."""
+        nbetas = self.nbetas[1:, None, None]
+        energy = nbetas * (self.mean_loss[1:] - self.lowest_loss)
+        deviation = nbetas * (self.loss[1:] - self.loss[1:].mean(axis=(1, 2), keepdims=True))
+        values = [(x.mean(axis=(1, 2)), np.array([self._error(rung) for rung in x])) for x in (energy, deviation**2)]
+        return LLCCurve(self.nbetas[1:], *values[0], *values[1])
+
+    def log_partition(self) -> LogPartition:
+        """Estimate log Z of every rung by MBAR; standard errors include the difference between the families."""
+        log_z, error = self._pooled.log_partition()
+        return LogPartition(self.nbetas, log_z, np.maximum(error, np.abs(self._family_gaps[0]) / 2))
+
+    def log_volume(self, thresholds: Sequence[float] | Float[np.ndarray, " threshold"]) -> LogVolume:
+        """Estimate the log of the base's mass of {L <= L(w*) + threshold}.
+
+        Args:
+            thresholds: nats per example above the loss at the weights, positive and increasing.
+
+        Raises:
+            InputError: if thresholds are not positive and increasing, or hardly a draw lies below the smallest.
+        """
+        thresholds = np.atleast_1d(np.asarray(thresholds, np.float64))
+        if not (np.all(thresholds > 0) and np.all(np.diff(thresholds) > 0)):
+            raise InputError(f"thresholds must be positive and increasing, nats above the loss at params, but are {thresholds}")
+        values = []
+        for threshold in thresholds + self.init_loss - self.lowest_loss:
+            inside = self._losses <= threshold
+            if inside[-1].mean() < _MIN_SHARE:
+                raise InputError(
+                    f"only {inside[-1].mean():.0%} of the draws at nbeta {self.nbetas[-1]:.4g} lie below the threshold "
+                    f"{threshold + self.lowest_loss - self.init_loss:.3g}: raise max_nbeta"
+                )
+            volume, error = self._pooled.log_mass(inside)
+            pair = [family.log_mass(inside[:, members])[0] for family, members in self._families]
+            values.append((volume, max(error, abs(pair[0] - pair[1]) / 2), self._saddle_point(threshold)))
+        return LogVolume(thresholds, *np.array(values).T)
+
+    def draws(self, rung: int) -> Params:
+        """Take the weights at one rung, (chain, draw, ...), as probes want them.
+
+        Raises:
+            InputError: if `temper` was not told to keep them.
+        """
+        if self.params is None:
+            raise InputError("the weights of the draws were not kept: call temper with keep_params=True")
+        return jax.tree.map(lambda x: x[rung], self.params)
+
+    @property
+    def _losses(self) -> Float[np.ndarray, "rung chain draw"]:
+        return self.loss - self.lowest_loss
+
+    @cached_property
+    def _pooled(self) -> Reweighting:
+        return Reweighting(self.nbetas, self._losses)
+
+    @cached_property
+    def _families(self) -> list[tuple[Reweighting, np.ndarray]]:
+        members = np.flatnonzero(self.is_from_base), np.flatnonzero(~self.is_from_base)
+        return [(Reweighting(self.nbetas, self._losses[:, chains]), chains) for chains in members]
+
+    @cached_property
+    def _family_gaps(self) -> tuple[Float[np.ndarray, " rung"], Float[np.ndarray, " rung"]]:
+        """Difference of log Z between the families at every rung, and its standard error."""
+        (first, first_error), (second, second_error) = (family.log_partition() for family, _ in self._families)
+        return first - second, np.hypot(first_error, second_error)
+
+    def _error(self, series: Float[np.ndarray, "chain draw"]) -> float:
+        first, second = (series[chains].mean() for _, chains in self._families)
+        return max(std_error(series), abs(first - second) / 2)
+
+    def _saddle_point(self, threshold: float) -> float:
+        """Invert Z(s) / s at its saddle: log V = log Z + N eps - log N - log(2 pi (Var + 1 / N^2)) / 2."""
+        from scipy.optimize import brentq
+
+        def slope(log_nbeta: float) -> float:
+            nbeta = np.exp(log_nbeta)
+            return self._pooled.moments(nbeta)[1] + 1 / nbeta - threshold
+
+        low, high = np.log(self.nbetas[1] / 1e3), np.log(self.nbetas[-1])
+        if slope(low) < 0 or slope(high) > 0:
+            return np.nan
+        nbeta = float(np.exp(np.asarray(brentq(slope, low, high, xtol=1e-3))))
+        log_z, _, variance = self._pooled.moments(nbeta)
+        return log_z + nbeta * threshold - np.log(nbeta) - 0.5 * np.log(2 * np.pi * (variance + nbeta**-2))
+
+
+_MIN_SHARE = 0.05
+"""Of the coldest rung's draws so many must lie below a threshold."""
+
+_GAP, _GAP_ERRORS = 0.1, 3.0
+_MAX_DROP = 0.1

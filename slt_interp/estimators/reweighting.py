@@ -1,0 +1,149 @@
+"""From losses at a ladder of temperatures to the base measure: weights that make draws of all rungs one sample.
+
+Rung r has draws L_n of exp(-nbeta_r L) base(w) and a partition function Z_r = E_base exp(-nbeta_r L). The multistate Bennett
+acceptance ratio (MBAR) finds the Z_r under which each rung's total weight, seen from the pooled draws, is the number of its
+draws; for a single energy this is the weighted histogram method without bins. Errors come from the spread between chains,
+each of which is a ladder of its own: an influence (the effect of its draws on the answer) is summed for each chain.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+_Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Reweighting:
+    """Pooled draws of a ladder with their weights under the base measure.
+
+    Attributes:
+        nbetas: increasing, the first 0.
+        losses: above any reference, (rung, chain, draw); +inf is allowed at nbeta 0.
+
+    References:
+        Shirts and Chodera (2008), Statistically optimal analysis of samples from multiple equilibrium states, arXiv:0801.1426.
+
+    >>> losses = np.random.default_rng(0).chisquare(2, (3, 4, 500)) / 2 / np.array([1.0, 2.0, 4.0])[:, None, None]
+    >>> log_z, error = Reweighting(np.array([0.0, 1.0, 3.0]), losses).log_partition()
+    >>> bool(abs(log_z[2] + np.log(4.0)) < 4 * error[2])
+    True
+    """
+
+    nbetas: Float[_Array, " rung"]
+    losses: Float[_Array, "rung chain draw"]
+
+    def log_partition(self) -> tuple[Float[_Array, " rung"], Float[_Array, " rung"]]:
+        """Estimate log Z of every rung, 0 at nbeta 0, and its standard error."""
+        return -self.free_energies, _spread(self._influences)
+
+    def log_mass(self, inside: Bool[_Array, "rung chain draw"]) -> tuple[float, float]:
+        """Estimate the log of the base measure's mass of a set of draws, and its standard error.
+
+        -inf and NaN for a set without draws.
+        """
+        selected = np.where(inside, self._log_weights, -np.inf)
+        per_chain = np.exp(selected - self._peak(selected)).sum(axis=(0, 2))
+        total = per_chain.sum()
+        if not total > 0:
+            return -np.inf, np.nan
+        log_total = float(np.log(total) + self._peak(selected))
+        # Weights fall with the partition functions: d log w_n / d f_r = -(share of rung r in draw n).
+        share = np.exp(selected - log_total).ravel() @ self._shares.T
+        influence = per_chain / total - 1 / len(per_chain) - self._influences @ share
+        return log_total, float(_spread(influence))
+
+    def moments(self, nbeta: float) -> tuple[float, float, float]:
+        """Estimate log Z, mean and variance of the loss at any nbeta within the ladder."""
+        log_weights = (self._log_weights - _energy(nbeta, self.losses)).ravel()
+        peak = log_weights.max()
+        weights = np.exp(log_weights - peak)
+        log_z = np.log(weights.sum()) + peak
+        weights, losses = weights / weights.sum(), self.losses.ravel()
+        present = weights > 0
+        mean = float(weights[present] @ losses[present])
+        return float(log_z), mean, float(weights[present] @ (losses[present] - mean) ** 2)
+
+    @cached_property
+    def free_energies(self) -> Float[_Array, " rung"]:
+        """-log Z of every rung."""
+        from scipy.optimize import minimize
+
+        mean = np.where(np.isfinite(self.losses), self.losses, np.nan)
+        low, high = np.nanmean(mean[1:-1], axis=(1, 2)), np.nanmean(mean[2:], axis=(1, 2))
+        # The integral of the mean loss over nbeta, by trapezoids in log nbeta from the second rung on.
+        ratio = np.diff(np.log(self.nbetas[1:]))
+        steps = ratio * (self.nbetas[1:-1] * low + self.nbetas[2:] * high) / 2
+        first = -_log_mean_exp(-_energy(self.nbetas[1], self.losses[0]))
+        start = first + np.concatenate([[0.0], np.cumsum(steps)])
+        count = self.losses[0].size
+
+        def objective(free: _Array) -> tuple[float, _Array]:
+            log_terms = self._log_terms(free)
+            log_sum = _log_sum_exp(log_terms)
+            shares = np.exp(log_terms[1:] - log_sum)
+            return float(log_sum.mean() - free.sum() / len(self.nbetas)), shares.mean(axis=1) - 1 / len(self.nbetas)
+
+        def hessian(free: _Array) -> _Array:
+            log_terms = self._log_terms(free)
+            shares = np.exp(log_terms[1:] - _log_sum_exp(log_terms))
+            return (np.diag(shares.sum(axis=1)) - shares @ shares.T) / shares.shape[1]
+
+        tolerance = 1e-3 / np.sqrt(count) / len(self.nbetas)
+        found = minimize(objective, start, jac=True, hess=hessian, method="trust-exact", options={"gtol": tolerance})
+        return np.concatenate([[0.0], found.x])
+
+    def _log_terms(self, free: Float[_Array, " rung-1"]) -> Float[_Array, "rung n"]:
+        """f_r - nbeta_r L_n for every rung and every pooled draw."""
+        full = np.concatenate([[0.0], free])
+        return full[:, None] - np.stack([_energy(nbeta, self.losses.ravel()) for nbeta in self.nbetas])
+
+    @cached_property
+    def _log_denominator(self) -> Float[_Array, " n"]:
+        return _log_sum_exp(self._log_terms(self.free_energies[1:]))
+
+    @cached_property
+    def _log_weights(self) -> Float[_Array, "rung chain draw"]:
+        """Log weights under the base; all together they sum to 1."""
+        return (-self._log_denominator - np.log(self.losses[0].size)).reshape(self.losses.shape)
+
+    @cached_property
+    def _shares(self) -> Float[_Array, "rung n"]:
+        """Probability that a pooled draw with this loss comes from rung r."""
+        return np.exp(self._log_terms(self.free_energies[1:]) - self._log_denominator)
+
+    @cached_property
+    def _influences(self) -> Float[_Array, "chain rung"]:
+        """By how much the draws of each chain move the free energies."""
+        num_rungs, num_chains, num_draws = self.losses.shape
+        shares = self._shares
+        excess = shares.reshape(num_rungs, *self.losses.shape).sum(axis=(1, 3)).T - num_draws
+        curvature = np.diag(shares.sum(axis=1)) - shares @ shares.T
+        moved = np.linalg.lstsq(curvature[1:, 1:], -excess[:, 1:].T, rcond=None)[0].T
+        return np.concatenate([np.zeros((num_chains, 1)), moved], axis=1)
+
+    def _peak(self, log_weights: _Array) -> float:
+        peak = log_weights.max()
+        return float(peak) if np.isfinite(peak) else 0.0
+
+
+def _spread(influences: Float[_Array, "chain *event"]) -> Float[_Array, "*event"]:
+    """Compute the standard error of a sum over chains from the chains' own contributions."""
+    count = len(influences)
+    return np.sqrt(count / (count - 1) * np.sum(influences**2, axis=0)) if count > 1 else np.full(influences.shape[1:], np.nan)
+
+
+def _energy(nbeta: float, losses: _Array) -> _Array:
+    return nbeta * losses if nbeta else np.zeros_like(losses)
+
+
+def _log_sum_exp(terms: Float[_Array, "rung n"]) -> Float[_Array, " n"]:
+    peak = terms.max(axis=0)
+    return peak + np.log(np.exp(terms - peak).sum(axis=0))
+
+
+def _log_mean_exp(values: _Array) -> float:
+    peak = values.max()
+    return float(peak + np.log(np.mean(np.exp(values - peak))))

@@ -1,0 +1,280 @@
+"""Where the rungs of a ladder belong, with which metric and step, and how two families of chains run on it.
+
+A pilot on rungs that triple nbeta learns each rung's metric and how widely nbeta L scatters there. The ladder proper has a rung
+wherever the scatter, integrated over log nbeta, has grown by a fixed amount: neighbors then swap equally often. A trial run
+settles the steps, and puts rungs between neighbors that hardly swap.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key
+
+from slt_interp.data import Batch, FullBatch
+from slt_interp.estimators.llc import Energy
+from slt_interp.posterior import LocalPosterior
+from slt_interp.samplers.chains import chain_mesh, choose_block_size, sample
+from slt_interp.samplers.draws import Draws
+from slt_interp.samplers.exchange import ExchangeState, ReplicaExchange, RungReadings, keep_rungs
+from slt_interp.samplers.hamiltonian import learned_metric, learned_scale, needs_directions
+from slt_interp.samplers.hmc import HMC
+from slt_interp.samplers.kernel import Info
+from slt_interp.tree import Params, dimension
+
+MAX_WHITENED = 512
+"""Above this dimension a metric has one number per coordinate: directions would cost more than gradients."""
+
+
+@dataclass(frozen=True)
+class Families:
+    """Runs of one ladder from draws of the base and from given weights: `run(key, kernel, num_draws=...)` gives a pair.
+
+    Attributes:
+        params: the weights that the second family starts from.
+        data: what every step sees.
+        num_chains: of each family.
+        progress: whether to show progress bars.
+    """
+
+    params: Params
+    data: Batch
+    num_chains: int
+    progress: bool
+
+    def run(
+        self,
+        key: Key[Array, ""],
+        kernel: ReplicaExchange,
+        *,
+        previous: tuple[Draws, Draws] | None = None,
+        checkpoint: Any = None,
+        **counts: Any,
+    ) -> tuple[Draws, Draws]:
+        """Run both families, or go on with `previous`; `counts` are those of `sample`."""
+        above = len(np.asarray(kernel.target.nbeta)) - 1
+        fits = choose_block_size(_ALL, None, kernel.target, self.params, self.data)
+        # A divisor, or what is left over would be a second program.
+        kernel = replace(kernel, block_size=max(size for size in range(1, min(fits, above) + 1) if above % size == 0))
+        names, runs = ("base", "weights"), []
+        for i, name in enumerate(names):
+            runs.append(
+                sample(
+                    jax.random.fold_in(key, i),
+                    replace(kernel, from_base=jnp.asarray(name == "base")),
+                    self.params,
+                    FullBatch(self.data),
+                    num_chains=self.num_chains,
+                    block_size=None if fits == _ALL else 1,
+                    mesh=chain_mesh(self.num_chains),
+                    progress=self.progress,
+                    previous=None if previous is None else previous[i],
+                    checkpoint=None if checkpoint is None else checkpoint / name,
+                    **({"collect": keep_rungs(kernel.target), "chunk_size": _CHUNK} | counts),
+                )
+            )
+        return runs[0], runs[1]
+
+
+def joined(families: tuple[Draws, Draws], select: Callable[[Draws], Any]) -> Any:
+    """Take the same arrays (chain, ...) of both families, one after the other, without chains that became non-finite."""
+    is_finite = np.concatenate([draws.is_finite for draws in families])
+    return jax.tree.map(lambda x: x[is_finite], _concatenated(families, select))
+
+
+def top_rung(families: tuple[Draws, Draws], kernel: ReplicaExchange, target: LocalPosterior) -> tuple[Draws, np.ndarray]:
+    """Take the coldest rung of both families as draws of `target`, with what `llc` reads companions from.
+
+    Returns:
+        The draws, and which chains started at draws of the base.
+    """
+    readings: RungReadings = _concatenated(families, lambda draws: draws.collected)
+    info: Info = _concatenated(families, lambda draws: draws.info)
+    scalar = {"is_finite": info.is_finite, "stiffness": info.stiffness, "num_gradients": info.num_gradients}
+    is_finite, num_gradients = _concatenated(families, lambda draws: (draws.is_finite, draws.num_gradients))
+    first, _ = families
+    draws = Draws(
+        jax.tree.map(lambda x: x[..., -1], info._replace(**dict.fromkeys(scalar)))._replace(**scalar),
+        Energy(readings.loss[..., -1], readings.squared_distance[..., -1]),
+        is_finite,
+        np.zeros(len(is_finite)),
+        num_gradients,
+        None,
+        replace(kernel.kernel, target=target, step_size=jnp.asarray(kernel.step_size)[-1]),
+        first.num_warmup,
+        first.num_burnin,
+        first.thinning,
+    )
+    return draws, np.arange(len(is_finite)) < len(first.is_finite)
+
+
+def place_rungs(
+    key: Key[Array, ""], target: LocalPosterior, families: Families, checkpoint: Any = None
+) -> tuple[ReplicaExchange, float]:
+    """Place the rungs of a ladder up to the nbeta of `target`, with their metrics and steps.
+
+    Returns:
+        The kernel, and the gradients per chain that it took to find.
+    """
+    base_key, pilot_key, trial_key = jax.random.split(key, 3)
+    top = float(np.asarray(target.nbeta))
+    first = _first_rung(base_key, target, families, top)
+    tripled = np.concatenate([[0.0], np.geomspace(first, top, 1 + max(1, int(np.ceil(np.log(top / first) / np.log(_GROWTH)))))])
+    pilot, spent = _pilot(pilot_key, target, families, tripled, checkpoint and checkpoint / "pilot")
+    kernel = _kernel(target, pilot, _spaced(pilot, tripled))
+    for attempt in range(_NUM_TRIALS):
+        nbetas = np.asarray(kernel.target.nbeta, np.float64)
+        folder = checkpoint and checkpoint / f"trial-{attempt}"
+        trial = families.run(
+            jax.random.fold_in(trial_key, attempt), kernel, num_burnin=2 * len(nbetas), num_draws=_CHUNK, checkpoint=folder
+        )
+        spent += float(np.mean([draws.num_gradients.mean() for draws in trial]))
+        exchange = joined(trial, lambda draws: draws.collected.exchange).mean(axis=(0, 1))
+        rare = np.flatnonzero(exchange < MIN_EXCHANGE)
+        if len(rare) and attempt < _NUM_TRIALS - 1:
+            middle = np.where(nbetas[rare] > 0, np.sqrt(nbetas[rare] * nbetas[rare + 1]), nbetas[rare + 1] / 4)
+            kernel = _kernel(target, pilot, np.sort(np.concatenate([nbetas, middle])))
+            continue
+        # Of what is rejected the square root goes with the step.
+        rejected = 1 - joined(trial, lambda draws: draws.info.acceptance).mean(axis=(0, 1))
+        factor = np.clip(np.sqrt(_REJECTED / np.maximum(rejected, 1e-6)), 0.5, 1.5)
+        steps = jnp.minimum(1.0, kernel.step_size * jnp.asarray(factor, jnp.float32))
+        kernel = replace(kernel, kernel=replace(kernel.kernel, step_size=steps))
+    return kernel, spent
+
+
+def _concatenated(families: tuple[Draws, Draws], select: Callable[[Draws], Any]) -> Any:
+    return jax.tree.map(lambda *x: np.concatenate(x), *map(select, families))
+
+
+MIN_EXCHANGE = 0.15
+"""Neighbors that swap less often get a rung between them."""
+
+_GROWTH = 3.0
+_SCATTER = 1.4
+"""Standard deviations of nbeta L between neighbors: a third of the swaps succeed."""
+
+_BASE_DRAWS, _FIRST_ESS = 1024, 0.3
+_PILOT_WARMUP = 100
+_NUM_TRIALS = 3
+_CHUNK = 50
+
+_REJECTED = 0.11
+"""Rejected by `HMC.step` where whole steps reject 0.2: the half that are smaller reject 0.03."""
+
+_ALL = 2**10
+"""More chains than are ever vectorized together on a CPU."""
+
+
+class _Pilot(NamedTuple):
+    """What a pilot has learned at each of its rungs: metric, step, mean and variance of the loss."""
+
+    nbetas: Float[np.ndarray, " rung"]
+    scale: Any
+    step_size: Float[Array, " rung"]
+    mean: Float[np.ndarray, " rung"]
+    variance: Float[np.ndarray, " rung"]
+
+
+class _PilotReadings(NamedTuple):
+    readings: RungReadings
+    gradient: Params | None
+
+
+def _first_rung(key: Key[Array, ""], target: LocalPosterior, families: Families, top: float) -> float:
+    """Find the nbeta at which draws of the base, reweighted, are worth 0.3 times their number."""
+    losses = np.asarray(_base_losses(target, families.params, families.data, jax.random.split(key, _BASE_DRAWS)), np.float64)
+    losses = np.where(np.isnan(losses), np.inf, losses) - np.nanmin(losses)
+
+    def share(log_nbeta: float) -> float:
+        weights = np.exp(-np.exp(log_nbeta) * losses)
+        return weights.sum() ** 2 / (weights**2).sum() / len(weights)
+
+    low, high = np.log(top) - 100, np.log(top)
+    if share(high) >= _FIRST_ESS:
+        return top
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if share(middle) > _FIRST_ESS else (low, middle)
+    return float(np.exp(low))
+
+
+@jax.jit
+def _base_losses(target: LocalPosterior, params: Params, data: Batch, keys: Key[Array, " draw"]) -> Float[Array, " draw"]:
+    def one(key: Key[Array, ""]) -> Float[Array, ""]:
+        position = target.position(params)
+        return target.loss(target.hold(target.base.sample(key, position), position), data)
+
+    return jax.lax.map(one, keys)
+
+
+def _pilot(
+    key: Key[Array, ""], target: LocalPosterior, families: Families, nbetas: np.ndarray, checkpoint: Any
+) -> tuple[_Pilot, float]:
+    center = target.position(families.params)
+    is_large = dimension(center) > MAX_WHITENED
+    width = target.base.variance(center)
+    logs = sum(jax.tree.leaves(jax.tree.map(lambda v: jnp.sum(jnp.log(v)) / 2, width))) / dimension(center)
+    rungs = replace(target, nbeta=jnp.asarray(nbetas, jnp.float32))
+    kernel = ReplicaExchange(HMC(rungs, jnp.full(len(nbetas), 0.5 * jnp.exp(logs))))
+    runs = families.run(
+        key,
+        kernel,
+        num_warmup=_PILOT_WARMUP,
+        num_draws=_CHUNK,
+        collect=jax.tree_util.Partial(_pilot_readings if is_large else _pilot_gradients, rungs),
+        checkpoint=checkpoint,
+    )
+    loss = joined(runs, lambda draws: draws.collected.readings.loss).astype(np.float64)
+    steps = jnp.exp(joined(runs, lambda draws: jnp.log(draws.state.rungs.step_size)).mean(axis=0))
+    if is_large:
+        squares = jax.tree.map(
+            lambda x: jnp.asarray(x.mean(axis=0)), joined(runs, lambda draws: draws.state.rungs.adaptation.squares)
+        )
+        scale, allowed = jax.vmap(partial(learned_scale, target, center))(squares), 1.0
+    else:
+        gradients = jax.tree.map(
+            lambda x: jnp.moveaxis(jnp.asarray(x), 2, 0).reshape(x.shape[2], -1, *x.shape[3:]),
+            joined(runs, lambda draws: draws.collected.gradient),
+        )
+        squares = jax.tree.map(lambda x: jnp.mean(x**2, axis=1), gradients)
+        scale, allowed = jax.lax.map(lambda x: learned_metric(target, center, *x), (squares, gradients))
+        if not jnp.any(jax.vmap(needs_directions)(scale)):
+            scale, allowed = scale.scale, 1.0
+    spent = float(np.mean([draws.num_gradients.mean() for draws in runs]))
+    return _Pilot(nbetas, scale, jnp.minimum(1.0, steps * allowed), loss.mean(axis=(0, 1)), loss.var(axis=(0, 1))), spent
+
+
+def _pilot_readings(target: LocalPosterior, state: ExchangeState, info: Info) -> _PilotReadings:
+    return _PilotReadings(keep_rungs(target)(state, info), None)
+
+
+def _pilot_gradients(target: LocalPosterior, state: ExchangeState, info: Info) -> _PilotReadings:
+    return _PilotReadings(keep_rungs(target)(state, info), state.rungs.gradient)
+
+
+def _spaced(pilot: _Pilot, nbetas: np.ndarray) -> Float[np.ndarray, " rung"]:
+    """Space rungs evenly in the scatter of nbeta L, and never further apart than the pilot's."""
+    logs, heat = np.log(nbetas[1:]), nbetas[1:] ** 2 * pilot.variance[1:]
+    # What falls between two rungs of the pilot, as at a transition, shows in the difference of their means.
+    fall = -np.diff(pilot.mean[1:]) / np.diff(logs)
+    between = np.sqrt(np.maximum(fall * np.sqrt(nbetas[1:-1] * nbetas[2:]), 0.0))
+    scatter = np.maximum((np.sqrt(heat[1:]) + np.sqrt(heat[:-1])) / 2, between)
+    density = np.maximum(scatter / _SCATTER, 1 / np.log(_GROWTH))
+    reached = np.concatenate([[0.0], np.cumsum(density * np.diff(logs))])
+    count = 1 + max(1, int(np.ceil(reached[-1] - 1e-6)))
+    inner = np.exp(np.interp(np.linspace(0, reached[-1], count), reached, logs))
+    return np.concatenate([[0.0], inner[:-1], nbetas[-1:]])
+
+
+def _kernel(target: LocalPosterior, pilot: _Pilot, nbetas: np.ndarray) -> ReplicaExchange:
+    """Give each rung the metric and the step of the pilot's nearest."""
+    distance = np.abs(np.log(np.maximum(nbetas, 1e-30))[:, None] - np.log(np.maximum(pilot.nbetas, 1e-30)))
+    nearest = distance.argmin(axis=1)
+    scale, steps = jax.tree.map(lambda x: x[nearest], (pilot.scale, pilot.step_size))
+    rungs = replace(target, nbeta=jnp.asarray(nbetas, jnp.float32))
+    return ReplicaExchange(HMC(rungs, steps, scale=scale))

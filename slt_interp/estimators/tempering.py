@@ -1,0 +1,120 @@
+"""`temper`: draws at a ladder of temperatures, from the base measure to a large nbeta, with nothing to tune.
+
+The rungs, their metrics and steps are those of `place_rungs`; two families of chains, one from draws of the base and one from
+the trained weights, run on them and never meet.
+"""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+from jaxtyping import Array, Key
+
+from slt_interp.bases import BASES, Base
+from slt_interp.data import Batch
+from slt_interp.errors import InputError
+from slt_interp.estimators.ladder import Ladder
+from slt_interp.estimators.llc import mean_loss
+from slt_interp.estimators.rungs import Families, joined, place_rungs
+from slt_interp.posterior import LocalPosterior, LossFn, check_target
+from slt_interp.samplers.exchange import keep_rungs, keep_rungs_and_params
+from slt_interp.tree import Params, check_key
+
+
+def temper(
+    key: Key[Array, ""],
+    loss_fn: LossFn,
+    params: Params,
+    data: Batch,
+    *,
+    base: Base,
+    max_nbeta: float,
+    num_chains: int = 8,
+    num_draws: int = 400,
+    keep_params: bool = False,
+    progress: bool = True,
+    checkpoint: str | Path | None = None,
+) -> Ladder:
+    """Sample exp(-nbeta L) base(w) at rungs from nbeta = 0 to `max_nbeta`, by HMC with replica exchange on all data.
+
+    Costs about 8 gradients per chain, rung and step; a third as many steps as draws are made before any is kept.
+
+    Args:
+        key: typed PRNG key.
+        loss_fn: `(params, batch) -> scalar`, mean negative log-likelihood per example, nats.
+        params: the trained weights w*, a pytree of floating arrays.
+        data: a pytree of arrays with a leading example axis; None if the loss ignores its batch.
+        base: a probability measure on the weights: `Gaussian`, `Box` or `Ball`.
+        max_nbeta: the coldest rung; a volume at threshold eps needs about LLC / eps.
+        num_chains: chains, an even number: half start at draws of the base, half at `params`.
+        num_draws: steps of the whole ladder that are kept.
+        keep_params: keep the weights of every rung and draw: they are what probes need, and memory.
+        progress: whether to show progress bars.
+        checkpoint: a directory for draws and resumption, as in `sample`.
+
+    Returns:
+        A `Ladder`; `print` it for the verdict.
+
+    Raises:
+        InputError, TypeError, ValueError: one sentence for what cannot be used; see `check_target`.
+
+    >>> from slt_interp import Gaussian
+    >>> def loss_fn(w, batch): return 0.5 * jnp.sum(w**2)
+    >>> ladder = temper(jax.random.key(0), loss_fn, jnp.zeros(2), None, base=Gaussian(0.0, 1.0), max_nbeta=100.0, num_draws=100,
+    ...                 progress=False)
+    >>> volume = ladder.log_volume([0.1])
+    >>> bool(abs(volume.log_volume[0] - np.log(1 - np.exp(-0.1))) < 4 * volume.std_error[0] + 0.1)
+    True
+    """
+    check_key(key)
+    if not isinstance(base, BASES):
+        raise InputError(f"base must be a Gaussian, Box or Ball, but is {type(base).__name__}")
+    if not (np.isfinite(max_nbeta) and max_nbeta > 0):
+        raise InputError(f"max_nbeta must be positive and finite, but is {max_nbeta}: a volume at eps needs about LLC / eps")
+    if num_chains < 4 or num_chains % 2:
+        raise InputError(f"num_chains must be even and at least 4, but is {num_chains}: two families need an error each")
+    target = LocalPosterior(loss_fn, params, float(max_nbeta), base)
+    check_target(target, params, data)
+    init_loss, _ = mean_loss(loss_fn, params, data)
+    if not np.isfinite(init_loss):
+        raise InputError(f"the loss is not finite at params, but {init_loss}: check loss_fn there")
+    place_key, run_key = jax.random.split(key)
+    families = Families(params, data, num_chains // 2, progress)
+    folder = None if checkpoint is None else Path(checkpoint)
+    kernel, spent = place_rungs(place_key, target, families, folder)
+    num_rungs = np.size(kernel.target.nbeta)
+    runs = families.run(
+        run_key,
+        kernel,
+        num_draws=num_draws,
+        num_burnin=max(num_draws // 3, _BURNIN_PER_RUNG * num_rungs),
+        collect=(keep_rungs_and_params if keep_params else keep_rungs)(kernel.target),
+        checkpoint=folder and folder / "run",
+    )
+    readings = joined(runs, lambda draws: draws.collected)
+    if keep_params:
+        readings, kept = readings
+
+    def by_rung(array: np.ndarray) -> np.ndarray:
+        return np.moveaxis(array, 2, 0)
+
+    loss = by_rung(readings.loss).astype(np.float64)
+    sizes = [int(draws.is_finite.sum()) for draws in runs]
+    return Ladder(
+        nbetas=np.asarray(kernel.target.nbeta, np.float64),
+        loss=loss,
+        mean_loss=by_rung(joined(runs, lambda draws: draws.info.loss)).astype(np.float64),
+        squared_distance=by_rung(readings.squared_distance).astype(np.float64),
+        is_from_base=np.arange(sum(sizes)) < sizes[0],
+        replica=by_rung(readings.replica),
+        exchange=readings.exchange.mean(axis=(0, 1), dtype=np.float64),
+        init_loss=init_loss,
+        lowest_loss=float(min(init_loss, loss.min())),
+        base=base,
+        params=jax.tree.map(by_rung, kept) if keep_params else None,
+        num_lost=num_chains - sum(sizes),
+        gradients_per_chain=spent + float(np.mean([draws.num_gradients.mean() for draws in runs])),
+    )
+
+
+_BURNIN_PER_RUNG = 4

@@ -1,0 +1,56 @@
+"""Multistate reweighting against exact partition functions, from independent draws of every rung."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from slt_interp.estimators.reweighting import Reweighting
+
+NBETAS = np.concatenate([[0.0], np.geomspace(0.3, 1e3, 10)])
+SHAPE = 2.5
+
+
+def _gamma_ladder(seed, num_chains=8, num_draws=200):
+    """Losses of a quadratic in 5 dimensions under N(0, 1): gamma distributed at every rung."""
+    rng = np.random.default_rng(seed)
+    return Reweighting(NBETAS, rng.gamma(SHAPE, 1 / (1 + NBETAS)[:, None, None], (len(NBETAS), num_chains, num_draws)))
+
+
+def test_errors_cover_exact_partition_functions_and_masses():
+    thresholds = [1.0, 0.1, 0.01]
+    scores = []
+    for seed in range(25):
+        ladder = _gamma_ladder(seed)
+        log_z, error = ladder.log_partition()
+        exact = -SHAPE * np.log1p(NBETAS)
+        scores.append([(log_z[rung] - exact[rung]) / error[rung] for rung in (1, 5, 10)])
+        for threshold in thresholds:
+            value, error = ladder.log_mass(ladder.losses <= threshold)
+            scores[-1].append((value - stats.gamma(SHAPE).logcdf(threshold)) / error)
+    scores = np.array(scores)
+    # Errors come from 8 chains, so that a score is Student's t with 7 degrees of freedom: variance 1.4, of which the mean over
+    # 25 ladders has a standard error of sqrt((kurtosis - 1) / 25) 1.4 = .5; its mean has one of sqrt(1.4 / 25) = .24.
+    assert np.all(np.abs(scores.mean(axis=0)) < 4 * 0.24)
+    assert np.all((scores**2).mean(axis=0) < 1.4 + 4 * 0.5)
+    assert np.all((scores**2).mean(axis=0) > 0.3)
+
+
+def test_mass_of_everything_is_one():
+    ladder = _gamma_ladder(0)
+    assert ladder.log_mass(np.ones_like(ladder.losses, bool))[0] == pytest.approx(0, abs=1e-6)
+    assert ladder.log_mass(np.zeros_like(ladder.losses, bool))[0] == -np.inf
+
+
+def test_infinite_losses_of_the_base_count_as_mass_outside():
+    rng = np.random.default_rng(0)
+    losses = _gamma_ladder(0).losses.copy()
+    losses[0][rng.uniform(size=losses[0].shape) < 0.5] = np.inf
+    # Half of the base is out of reach of the other rungs, all of which lose the same factor.
+    log_z, error = Reweighting(NBETAS, losses).log_partition()
+    assert np.all(np.abs(log_z + SHAPE * np.log1p(NBETAS) + np.log(2))[1:] < 4 * error[1:])
+
+
+def test_moments_between_rungs_are_those_of_the_exact_law():
+    values = np.array([_gamma_ladder(seed).moments(20.0) for seed in range(10)])
+    exact = [-SHAPE * np.log1p(20.0), SHAPE / 21.0, SHAPE / 21.0**2]
+    assert np.all(np.abs(values.mean(axis=0) - exact) < 4 * values.std(axis=0, ddof=1) / np.sqrt(10))

@@ -1,0 +1,147 @@
+"""The ladder against exact volumes, energies and partition functions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from slt_interp import Box, Gaussian, temper
+from slt_interp.analytic import catalogue
+from slt_interp.errors import InputError
+from slt_interp.estimators.ladder import Ladder
+from slt_interp.estimators.llc import DO_NOT_TRUST, OK
+
+EPS = np.array([1e-3, 1e-2, 1e-1])
+
+
+def _temper(name, key=0, **settings):
+    problem = catalogue()[name]
+    run = {"base": problem.base, "max_nbeta": 3e3, "progress": False} | settings
+    return problem, temper(jax.random.key(key), problem.loss_fn, problem.center, problem.data, **run)
+
+
+@pytest.fixture(scope="module")
+def crossing():
+    return _temper("monomial w1^2 w2^2", num_draws=200, keep_params=True)
+
+
+def test_volumes_of_crossing_lines_are_exact(crossing):
+    problem, ladder = crossing
+    found = ladder.log_volume(EPS)
+    exact = np.array([problem.log_volume(threshold) for threshold in EPS])
+    assert ladder.status == OK, ladder
+    assert np.all(np.abs(found.log_volume - exact) < 4 * found.std_error)
+    assert np.all(found.std_error < 0.1)
+    assert np.all(np.diff(found.log_volume) > 0)
+    assert ladder.log_volume([1e9]).log_volume[0] == pytest.approx(0, abs=1e-6)
+
+
+def test_energies_and_partition_functions_of_every_rung_are_exact(crossing):
+    problem, ladder = crossing
+    curve, partition = ladder.llc_curve(), ladder.log_partition()
+    energies = np.array([problem.energy(nbeta, 1.0) for nbeta in curve.nbetas])
+    assert np.all(np.abs(curve.llc - energies) < 4 * curve.std_error)
+    # N^2 Var(L) = E - dE / d log N
+    step = 1e-3
+    slopes = [(problem.energy(n * (1 + step), 1.0) - problem.energy(n, 1.0)) / step for n in curve.nbetas]
+    assert np.all(np.abs(curve.heat_capacity - (energies - slopes)) < 4 * curve.heat_capacity_std_error + step)
+    exact = np.array([problem.log_partition(nbeta) for nbeta in partition.nbetas[1:]])
+    assert np.all(np.abs(partition.log_z[1:] - exact) < 4 * partition.std_error[1:])
+
+
+def test_kept_weights_are_those_of_the_losses(crossing):
+    problem, ladder = crossing
+    top = ladder.draws(-1)
+    losses = jax.vmap(jax.vmap(lambda w: problem.loss_fn(w, None)))(jnp.asarray(top))
+    np.testing.assert_allclose(losses, ladder.loss[-1], rtol=1e-5, atol=1e-12)
+
+
+def test_saddle_point_is_good_to_its_next_term(crossing):
+    # Stirling's series for Gamma(2 - something): 1 / (12 (1 + LLC)) to first order, with LLC between 0 and 1/2.
+    _, ladder = crossing
+    found = ladder.log_volume(EPS)
+    assert np.all(np.abs(found.saddle_point - found.log_volume) < 1 / 12 + 4 * found.std_error)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["quadratic in 10 dimensions", "crossing planes, |u|^2 |v|^2", "monomial w1^4"])
+def test_volumes_of_other_problems_are_exact(name):
+    problem, ladder = _temper(name, max_nbeta=1e4)
+    found = ladder.log_volume(EPS)
+    exact = np.array([problem.log_volume(threshold) for threshold in EPS])
+    assert np.all(np.abs(found.log_volume - exact) < 4 * found.std_error)
+
+
+@pytest.mark.slow
+def test_volume_in_a_box_counts_the_box():
+    # 1/2 (x^2 + y^2) <= eps is a disc of area 2 pi eps.
+    def loss_fn(w, batch):
+        del batch
+        return 0.5 * jnp.sum(w**2)
+
+    settings = {"base": Box(-1.0, 1.0), "max_nbeta": 1e3, "progress": False}
+    ladder = temper(jax.random.key(0), loss_fn, jnp.zeros(2), None, **settings)
+    found = ladder.log_volume(EPS)
+    assert np.all(np.abs(found.log_volume - np.log(2 * np.pi * EPS / 4)) < 4 * found.std_error)
+
+
+@pytest.mark.slow
+def test_a_run_that_was_cut_short_goes_on(tmp_path):
+    _, whole = _temper("monomial w1^4", num_draws=60)
+    _temper("monomial w1^4", num_draws=30, checkpoint=tmp_path)
+    _, resumed = _temper("monomial w1^4", num_draws=60, checkpoint=tmp_path)
+    np.testing.assert_array_equal(whole.loss, resumed.loss)
+
+
+def _synthetic(shift=0.0, exchange=0.5, init_loss=0.0):
+    """A ladder of independent exact draws: a quadratic in 4 dimensions under N(0, 1)."""
+    nbetas = np.concatenate([[0.0], np.geomspace(1.0, 100.0, 6)])
+    loss = np.random.default_rng(0).gamma(2.0, 1 / (1 + nbetas)[:, None, None], (7, 8, 200))
+    is_from_base = np.arange(8) < 4
+    loss[1:, is_from_base] *= 1 + shift
+    replica = np.broadcast_to(np.arange(7)[:, None, None], loss.shape)
+    return Ladder(
+        nbetas, loss, loss, loss, is_from_base, replica, np.full(6, exchange), init_loss, 0.0, Gaussian(0.0, 1.0), None, 0, 0.0
+    )
+
+
+def test_verdict_names_its_reason():
+    assert _synthetic().status == OK
+    assert str(_synthetic()).endswith("ok")
+    for ladder, reason in [
+        (_synthetic(shift=0.5), "disagree in log Z"),
+        (_synthetic(exchange=0.01), "first-order transition"),
+        (_synthetic(init_loss=0.01), "no minimum"),
+    ]:
+        assert ladder.status == DO_NOT_TRUST
+        assert reason in str(ladder)
+
+
+def test_error_bars_include_the_difference_of_the_families():
+    apart = _synthetic(shift=0.5).log_partition()
+    assert np.all(apart.std_error[2:] > 2 * _synthetic().log_partition().std_error[2:])
+
+
+def test_bad_input_gets_one_sentence():
+    problem = catalogue()["monomial w1^4"]
+
+    def run(**settings):
+        defaults = {"base": Gaussian(0.0, 1.0), "max_nbeta": 10.0, "progress": False}
+        return temper(jax.random.key(0), problem.loss_fn, problem.center, None, **(defaults | settings))
+
+    for settings, message in [
+        ({"base": 1.0}, "base must be a Gaussian, Box or Ball"),
+        ({"max_nbeta": 0.0}, "max_nbeta must be positive"),
+        ({"num_chains": 5}, "num_chains must be even"),
+        ({"base": Box(1.0, 2.0)}, "params lie outside the base measure"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            run(**settings)
+    ladder = _synthetic()
+    for thresholds in ([0.1, 0.01], [-0.1, 0.1]):
+        with pytest.raises(InputError, match="thresholds must be positive and increasing"):
+            ladder.log_volume(thresholds)
+    with pytest.raises(InputError, match="raise max_nbeta"):
+        ladder.log_volume([1e-6])
+    with pytest.raises(InputError, match="keep_params=True"):
+        ladder.draws(0)
