@@ -1,23 +1,27 @@
-"""How far `estimate_llc`, with nothing hand-set, is from exact answers, beside SGLD at the field's usual settings.
+"""How far `estimate_llc`, with nothing hand-set, is from exact answers, beside SGLD at the usual settings, and devinterp.
 
-    python benchmarks/llc_accuracy.py {default | smoke} [--out DIR] [--help for every setting]
+    python benchmarks/llc_accuracy.py {default | smoke} [--out DIR] [--peer-python PYTHON] [--help for every setting]
 
 Two scores per run. *Sampler*: the estimate against the exact E[nbeta K] at the method's own nbeta and localization.
-*Coefficient*: the estimate against the learning coefficient. Both methods get the same gradients. Each problem is a stage:
-a run that was cut short goes on after its last problem.
+*Coefficient*: the estimate against the learning coefficient. SGLD gets the same gradients as `estimate_llc`; devinterp, whose
+steps take a millisecond, at most 2,000 per chain. The hard cases (`hard_cases.py`) come last, with nbeta and localization
+given. Each problem is a stage: a run that was cut short goes on after its last one.
 """
 
 import dataclasses
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import tyro
+from hard_cases import HardCase, hard_cases, reference
+from llc_bridge import connect, flat_loss, serve
 
 from slt_interp import SGLD, FullBatch, LLCEstimate, LocalPosterior, chain_mesh, estimate_llc, llc, mean_loss, sample
 from slt_interp.analytic import AnalyticProblem, catalogue
@@ -31,7 +35,7 @@ class Config:
     """What is measured."""
 
     problems: tuple[str, ...] = ()
-    """Names of the catalogue; if none is given, all that are not too large and not confined to a box."""
+    """Names of the catalogue; if none is given, all that are not too large and not confined to a box, and the hard cases."""
     max_dimension: int = 2000
     nbetas: tuple[float, ...] = (1e3, 1e5)
     num_seeds: int = 4
@@ -40,6 +44,9 @@ class Config:
     """Per chain; by default that of `estimate_llc`."""
     sgld_step_size: float = 1e-4
     sgld_localization: float = 100.0
+    """Both are devinterp's, too."""
+    peer_python: str | None = None
+    """An interpreter that has torch and devinterp; without it there are no rows of devinterp."""
 
 
 SMOKE = Config(problems=("quadratic in 10 dimensions", "monomial w1^2 w2^2"), nbetas=(1e3,), num_seeds=2, max_gradients=2000)
@@ -47,19 +54,30 @@ SMOKE = Config(problems=("quadratic in 10 dimensions", "monomial w1^2 w2^2"), nb
 SMALL = 1e-3
 """Errors below this are none, however small the exact value: an LLC is never wanted more precisely."""
 
+METHODS = ("estimate_llc", "SGLD", "devinterp")
+
 
 def main(config: Config, out: Path) -> RunDirectory:
     """Run every problem that is not finished yet, and write rows and scores."""
     problems = catalogue()
     unbounded = (p for p in problems.values() if p.base is None or not p.base.is_bounded)
     names = config.problems or tuple(p.name for p in unbounded if p.dimension <= config.max_dimension)
-    run = open_run(out, {"benchmark": "llc_accuracy", "settings": dataclasses.asdict(config)})
+    # Whether there was a peer is part of what was asked, where it lies is not.
+    asked = dataclasses.asdict(config) | {"peer_python": config.peer_python and Path(config.peer_python).name}
+    run = open_run(out, {"benchmark": "llc_accuracy", "settings": asked})
     rows: list[dict[str, Any]] = []
-    for i, name in enumerate(names):
-        print(f"{i + 1} of {len(names)}: {name}", file=sys.stderr, flush=True)
-        found, _ = run.stage(f"problem {i + 1}", partial(_measure, config, problems[name]))
-        rows += found["rows"]
-    run.finish({"scores": {method: scores(rows, method) for method in ("estimate_llc", "SGLD")}, "rows": rows})
+    with connect(config.peer_python) as peer:
+        for i, name in enumerate(names):
+            print(f"{i + 1} of {len(names)}: {name}", file=sys.stderr, flush=True)
+            found, _ = run.stage(f"problem {i + 1}", partial(_measure, config, problems[name], peer))
+            rows += found["rows"]
+    hard: list[dict[str, Any]] = []
+    for i, case in enumerate(() if config.problems else hard_cases()):
+        print(f"hard case {i + 1}: {case.problem.name}", file=sys.stderr, flush=True)
+        found, _ = run.stage(f"hard case {i + 1}", partial(_measure_hard, config, case))
+        hard += found["rows"]
+    methods = [method for method in METHODS if any(row["method"] == method for row in rows)]
+    run.finish({"scores": {method: scores(rows, method) for method in methods}, "rows": rows, "hard_cases": hard})
     return run
 
 
@@ -101,7 +119,7 @@ def scores(rows: list[dict[str, Any]], method: str) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Lay the runs of `estimate_llc` out for reading, one problem and nbeta a line, and the scores."""
+    """Lay the runs out for reading, one problem, nbeta and method a line, and the scores."""
     lines = []
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for row in results["rows"]:
@@ -115,13 +133,22 @@ def table(results: dict[str, Any]) -> str:
             f"mean {np.mean(values) if values else np.nan:8.4g} off {'-' if off is None else f'{off:.1%}':>6} "
             f"ok {sum(row['status'] == OK for row in rows)}/{len(rows)} {np.mean([row['seconds'] for row in rows]):5.1f} s"
         )
+    for row in results["hard_cases"]:
+        lines.append(
+            f"{row['problem'][:70]:70} {row['nbeta']:7.0e} "
+            f"reference {row['reference']:.4g} +- {row['reference_std_error']:.2g} "
+            f"estimate {_number(row['estimate'])} +- {_number(row['std_error'])} {row['seconds']:5.1f} s {row['status']}"
+        )
     for method, found in results["scores"].items():
         lines += [f"{method}:", *(f"  {name}: {value}" for name, value in found.items())]
+    if "devinterp" not in results["scores"]:
+        lines.append("devinterp: not measured, since --peer-python named no interpreter that has it")
     return "\n".join(lines)
 
 
-def _measure(config: Config, problem: AnalyticProblem) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def _measure(config: Config, problem: AnalyticProblem, peer: Connection | None) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     rows = []
+    ask = None if peer is None else partial(serve, peer, *flat_loss(problem))
     for nbeta in config.nbetas:
         for seed in range(config.num_seeds):
             key = jax.random.fold_in(jax.random.key(seed), 17)
@@ -130,16 +157,33 @@ def _measure(config: Config, problem: AnalyticProblem) -> tuple[dict[str, Any], 
             cost = int(ours["gradients_per_chain"] or config.max_gradients or 20_000)
             sgld = partial(_sgld, config, key, problem, nbeta, cost)
             rows.append(_row(problem, nbeta, seed, "SGLD", config.sgld_localization, sgld))
+            if ask is not None:
+                devinterp = partial(_devinterp, config, ask, nbeta, seed, min(cost, _MAX_PEER_GRADIENTS))
+                rows.append(_row(problem, nbeta, seed, "devinterp", config.sgld_localization, devinterp))
     return {"rows": rows}, {}
 
 
-def _ours(config: Config, key: Any, problem: AnalyticProblem, nbeta: float) -> LLCEstimate:
+def _measure_hard(config: Config, case: HardCase) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    known = reference(case)
+    problem = replace(case.problem, energy=lambda nbeta, localization: known["reference"])
+    asked = replace(config, max_gradients=config.max_gradients or case.max_gradients)
+    rows = []
+    for seed in range(min(_HARD_SEEDS, config.num_seeds)):
+        key = jax.random.fold_in(jax.random.key(seed), 17)
+        ours = partial(_ours, asked, key, problem, case.nbeta, case.localization)
+        rows.append(_row(problem, case.nbeta, seed, "estimate_llc", case.localization, ours) | known)
+        del rows[-1]["exact"]
+    return {"rows": rows}, {}
+
+
+def _ours(config: Config, key: Any, problem: AnalyticProblem, nbeta: float, localization: float | None = None) -> LLCEstimate:
     return estimate_llc(
         key,
         problem.loss_fn,
         problem.center,
         problem.data,
         nbeta=nbeta,
+        localization=localization,
         num_chains=config.num_chains,
         max_gradients=config.max_gradients,
         progress=False,
@@ -163,6 +207,45 @@ def _sgld(config: Config, key: Any, problem: AnalyticProblem, nbeta: float, num_
         progress=False,
     )
     return llc(draws, mean_loss(problem.loss_fn, problem.center, problem.data)[0])
+
+
+_HARD_SEEDS = 2
+
+_MAX_PEER_GRADIENTS, _PEER_CHAINS = 2000, 4
+"""A run of so much takes some eight seconds, most of them devinterp's own."""
+
+_NOT_JUDGED = "not judged"
+"""devinterp gives no verdict on its estimates."""
+
+
+def _devinterp(config: Config, ask: Any, nbeta: float, seed: int, num_gradients: int) -> LLCEstimate:
+    """Run devinterp's estimator: half of the steps dropped, and the spread between its chains for an error bar."""
+    request = {
+        "lr": config.sgld_step_size,
+        "localization": config.sgld_localization,
+        "nbeta": nbeta,
+        "num_gradients": num_gradients,
+        "num_chains": _PEER_CHAINS,
+        "seed": seed,
+    }
+    answer = ask(request)
+    if "error" in answer:
+        raise InputError(answer["error"])
+    per_chain = np.array(answer["per_chain"])
+    return LLCEstimate(
+        llc=per_chain.mean(),
+        std_error=per_chain.std(ddof=1) / np.sqrt(len(per_chain)),
+        per_chain=per_chain,
+        init_loss=np.nan,
+        init_loss_std_error=np.nan,
+        nbeta=nbeta,
+        localization=config.sgld_localization,
+        ess=np.nan,
+        rhat=np.nan,
+        status=_NOT_JUDGED,
+        warnings=(),
+        diagnostics={"gradients_per_chain": num_gradients, "virial": np.nan},
+    )
 
 
 def _row(problem: AnalyticProblem, nbeta: float, seed: int, method: str, localization: float, run: Any) -> dict[str, Any]:
@@ -197,6 +280,10 @@ def _error(row: dict[str, Any]) -> float:
 
 def _name(row: dict[str, Any]) -> str:
     return f"{row['problem']}, nbeta {row['nbeta']:g}, seed {row['seed']}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
 
 
 def _median(values: list[float]) -> float | None:

@@ -91,7 +91,7 @@ def line_mean(
 ) -> float:
     """Mean of `value` on a line under exp(log_weight), by Gauss-Legendre between successive `panels`."""
     x, log_lengths = panel_nodes(panels)
-    return _mean(value(x), log_weight(x) + log_lengths)
+    return weighted_mean(value(x), log_weight(x) + log_lengths)
 
 
 def plane_mean(
@@ -106,7 +106,7 @@ def plane_mean(
         y, log_lengths = panel_nodes(inner(x))
         values.append(value(x, y))
         log_weights.append(log_length + log_lengths + log_weight(x, y))
-    return _mean(np.concatenate(values), np.concatenate(log_weights))
+    return weighted_mean(np.concatenate(values), np.concatenate(log_weights))
 
 
 def geometric_panels(points: Sequence[float], low: float, high: float, smallest: float) -> Edges:
@@ -124,15 +124,26 @@ def panel_nodes(edges: Edges) -> tuple[Float[np.ndarray, " node"], Float[np.ndar
     return (middle[:, None] + half[:, None] * nodes).ravel(), np.log(half[:, None] * weights).ravel()
 
 
+def sinh_nodes(reach: float, smallest: float) -> tuple[Float[np.ndarray, " node"], Float[np.ndarray, " node"]]:
+    """Make nodes on (0, reach) for even functions, equidistant in asinh(x / smallest), and the logarithms of their weights.
+
+    The trapezoid rule of an analytic function that has no scale below `smallest`, and vanishes beyond `reach`.
+    """
+    t = (np.arange(np.ceil(np.arcsinh(reach / smallest) / _SINH_SPACING)) + 0.5) * _SINH_SPACING
+    return smallest * np.sinh(t), np.log(smallest * np.cosh(t))
+
+
+def weighted_mean(values: Float[np.ndarray, " node"], log_weights: Float[np.ndarray, " node"]) -> float:
+    """Mean of `values` under weights known up to a factor, by their logarithms."""
+    weights = np.exp(log_weights - log_weights.max())
+    return float(np.sum(weights * values) / np.sum(weights))
+
+
 _SPACING = 0.05
+_SINH_SPACING = 0.1
 _TALBOT_NODES = 400
 
 
 @functools.cache
 def _legendre() -> tuple[np.ndarray, np.ndarray]:
     return np.polynomial.legendre.leggauss(16)
-
-
-def _mean(values: np.ndarray, log_weights: np.ndarray) -> float:
-    weights = np.exp(log_weights - log_weights.max())
-    return float(np.sum(weights * values) / np.sum(weights))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from slt_interp.analytic.integrals import geometric_panels, line_mean, plane_mean, product_moments
+from slt_interp.analytic.integrals import geometric_panels, line_mean, plane_mean, product_moments, sinh_nodes, weighted_mean
 from slt_interp.analytic.problem import AnalyticProblem
 from slt_interp.bases import Box
 from slt_interp.errors import InputError
@@ -161,7 +161,25 @@ def toy_superposition(num_corners: int, num_features: int = 6) -> AnalyticProble
 
 
 def gaussian_mixture() -> AnalyticProblem:
-    """Make KL(N(0, 1) | (1 - a) N(0, 1) + a N(b, 1)) at a = b = 0, under the box 0 <= a <= 1, |b| <= 2."""
+    """Make KL(N(0, 1) | (1 - a) N(0, 1) + a N(b, 1)) at a = b = 0, under the box 0 <= a <= 1, |b| <= 2.
+
+    There is no such loss outside the box: energies are those within, at localization 0 those under the box alone.
+    """
+
+    def energy(nbeta: float, localization: float) -> float:
+        def k(b: float, a: np.ndarray) -> np.ndarray:
+            return -nbeta * np.log1p(np.multiply.outer(a, np.expm1(b * _NODES - b**2 / 2))) @ _WEIGHTS
+
+        smallest = min(1.0, nbeta**-0.5, max(localization, 1.0) ** -0.5) / 4
+        fractions = geometric_panels([0.0], 0.0, 1.0, smallest)
+        # Symmetric in b.
+        return plane_mean(
+            k,
+            lambda b, a: -k(b, a) - 0.5 * localization * (a**2 + b**2),
+            geometric_panels([0.0], 0.0, 2.0, smallest),
+            lambda b: fractions,
+        )
+
     return AnalyticProblem(
         name="Gaussian mixture, one mean fixed",
         loss_fn=_mixture_loss,
@@ -169,6 +187,7 @@ def gaussian_mixture() -> AnalyticProblem:
         source="K is equivalent to a^2 b^2: Yamazaki and Watanabe (2003)",
         rlct=0.5,
         multiplicity=2,
+        energy=energy,
         base=Box(jnp.array([0.0, -2.0]), jnp.array([1.0, 2.0])),
     )
 
@@ -182,6 +201,7 @@ def two_component_mixture() -> AnalyticProblem:
         source="Yamazaki and Watanabe (2003); Aoyagi (2010)",
         rlct=0.75,
         multiplicity=1,
+        energy=_two_component_energy,
     )
 
 
@@ -213,6 +233,31 @@ def _linear_energy(num_units: int, features: Callable[[np.ndarray], np.ndarray])
         )
 
     return energy if num_units <= 2 else None
+
+
+def _two_component_energy(nbeta: float, localization: float) -> float:
+    """E[nbeta K] of `two_component_mixture`, over the logit a, the mean m = s b1 + (1 - s) b2 and the distance d = b1 - b2.
+
+    K is about m^2 / 2 + (s (1 - s) d^2)^2 / 4: narrow in m, wider in d. Neither an exchange of the components nor a reflection
+    changes it, so that a, d > 0 tell all.
+    """
+    spread = localization**-0.5
+    logits, log_steps = sinh_nodes(9 * spread, min(spread, 3.0))
+    distances, log_lengths = sinh_nodes(13 * spread, min(spread, nbeta**-0.25))
+    means, log_widths = sinh_nodes(9 * spread, min(spread, nbeta**-0.5))
+    means, log_widths = np.concatenate([-means, means]), np.tile(log_widths, 2)
+    values, log_weights = [], []
+    for a, log_step in zip(logits, log_steps, strict=True):
+        first, second = 1 / (1 + np.exp(-a)), 1 / (1 + np.exp(a))
+        d, m = distances[:, None], means[None]
+        b, c = m + second * d, m - first * d
+        log_density = log_step + log_lengths[:, None] + log_widths - 0.5 * localization * (a**2 + b**2 + c**2)
+        inside = log_density - log_density.max() > _NEGLIGIBLE
+        b, c = b[inside][:, None], c[inside][:, None]
+        densities = np.logaddexp(np.log(first) + b * _NODES - b**2 / 2, np.log(second) + c * _NODES - c**2 / 2)
+        values.append(-nbeta * densities @ _WEIGHTS)
+        log_weights.append(log_density[inside] - values[-1])
+    return weighted_mean(np.concatenate(values), np.concatenate(log_weights))
 
 
 def _unit_loss(activation: Callable[[Array], Array], params: dict[str, Array], inputs: Array) -> Float[Array, ""]:
@@ -265,6 +310,8 @@ def _polygon(corners: int, features: int) -> dict[str, np.ndarray]:
         found = minimize(lambda x: [np.asarray(y) for y in loss(x)], np.array([1.2, -0.4]), jac=True, options={"gtol": 1e-12})
         return {name: np.asarray(x) for name, x in weights(found.x).items()}
 
+
+_NEGLIGIBLE = -40.0
 
 _HERMITE = np.polynomial.hermite_e.hermegauss(64)
 _NODES, _WEIGHTS = _HERMITE[0], _HERMITE[1] / np.sum(_HERMITE[1])

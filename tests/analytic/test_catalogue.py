@@ -48,7 +48,11 @@ def test_center_is_a_minimum_and_nothing_near_it_is_lower(key, name):
 @pytest.mark.parametrize("name", [name for name in SMALL if CATALOGUE[name].energy])
 def test_energy_is_that_of_weighted_draws(key, name):
     problem, localization = CATALOGUE[name], 2.0
-    k = excess(problem, gaussian_draws(problem, key, localization**-0.5))
+    draws = gaussian_draws(problem, key, localization**-0.5)
+    if name == "Gaussian mixture, one mean fixed":
+        # There is no loss outside of its box.
+        draws = draws[np.isfinite(jax.vmap(problem.base.potential)(draws))]
+    k = excess(problem, draws)
     nbeta = 1 / np.mean(k)  # so that the weights do not degenerate
     weights = np.exp(-nbeta * k)
     weights /= weights.sum()

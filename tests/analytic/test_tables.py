@@ -9,6 +9,7 @@ import pytest
 from scipy.integrate import dblquad
 
 from slt_interp import analytic
+from slt_interp.analytic import integrals
 from slt_interp.analytic.products import Product
 
 DATA = Path(__file__).parents[1] / "data"
@@ -89,6 +90,55 @@ def test_energy_with_two_singular_values_is_that_of_adaptive_quadrature(inputs, 
     mean = dblquad(lambda u, v: density(u, v) * energy(u, v), 0, 4, 0, lambda v: v, **accurate)[0] / total
     problem = analytic.deep_linear(KEY, [inputs, hidden, outputs], 0)
     assert problem.energy(nbeta, localization) == pytest.approx(mean, rel=1e-7)
+
+
+def mixture_divergence(shares, means):
+    """KL(N(0, 1) | sum_i share_i N(mean_i, 1)) by the trapezoid rule, on arrays of means."""
+    x = np.arange(-10, 10, 0.2)
+    weights = np.exp(-(x**2) / 2)
+    parts = [s * np.exp(np.multiply.outer(m, x) - m[..., None] ** 2 / 2) for s, m in zip(shares, means, strict=True)]
+    return -np.log(sum(parts)) @ weights / weights.sum()
+
+
+@pytest.mark.parametrize("localization", [0.0, 5.0])
+def test_energy_of_the_mixture_in_its_box_is_that_of_adaptive_quadrature(localization):
+    nbeta = 1e3
+
+    def energy(a, b):
+        return nbeta * mixture_divergence([1 - a, a], [np.zeros(()), np.asarray(b)])
+
+    def density(a, b):
+        return np.exp(-energy(a, b) - 0.5 * localization * (a**2 + b**2))
+
+    accurate = {"epsabs": 0, "epsrel": 1e-7}
+    total = dblquad(density, 0, 2, 0, 1, **accurate)[0]
+    mean = dblquad(lambda a, b: energy(a, b) * density(a, b), 0, 2, 0, 1, **accurate)[0] / total
+    assert analytic.gaussian_mixture().energy(nbeta, localization) == pytest.approx(mean, rel=1e-6)
+
+
+@pytest.mark.parametrize(("nbeta", "localization"), [(100.0, 4.0), (1000.0, 25.0)])
+def test_energy_of_two_components_is_that_of_a_plain_grid(nbeta, localization):
+    # Both mixture weights and means as they are, where the package rotates and rescales them.
+    reach, step = 6 * localization**-0.5, 0.5 * nbeta**-0.5
+    means = np.arange(-reach, reach, step)
+    b, c = means[:, None], means[None]
+    total = mean = 0.0
+    for a in np.arange(-reach, reach, localization**-0.5 / 4):
+        share = 1 / (1 + np.exp(-a))
+        energy = nbeta * mixture_divergence([share, 1 - share], [b + 0 * c, c + 0 * b])
+        density = np.exp(-energy - 0.5 * localization * (a**2 + b**2 + c**2))
+        total, mean = total + density.sum(), mean + (energy * density).sum()
+    assert analytic.two_component_mixture().energy(nbeta, localization) == pytest.approx(mean / total, rel=1e-6)
+
+
+@pytest.mark.parametrize("make", [analytic.gaussian_mixture, analytic.two_component_mixture])
+def test_energies_of_mixtures_do_not_depend_on_their_nodes(make, monkeypatch):
+    settings = [(nbeta, localization) for nbeta in (1e3, 1e5) for localization in (1.0, 100.0)]
+    problem = make()
+    expected = [problem.energy(*setting) for setting in settings]
+    monkeypatch.setattr(integrals, "_SINH_SPACING", 0.08)
+    monkeypatch.setattr(integrals, "_legendre", lambda: np.polynomial.legendre.leggauss(23))
+    assert [problem.energy(*setting) for setting in settings] == pytest.approx(expected, rel=1e-6)
 
 
 PROBLEMS = {
