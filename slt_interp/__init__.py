@@ -4,7 +4,7 @@ One target, the tempered local posterior; one `sample`; many readings.
 """
 
 from slt_interp import analytic
-from slt_interp.bases import Ball, Box, Gaussian
+from slt_interp.bases import Ball, Box, FloatGrid, Gaussian
 from slt_interp.curvature.spectrum import Spectrum, estimate_spectrum
 from slt_interp.data import FullBatch, Minibatches
 from slt_interp.estimators.estimate import estimate_llc
@@ -13,6 +13,8 @@ from slt_interp.estimators.ladder import Ladder
 from slt_interp.estimators.llc import LLCEstimate, keep_energy, llc, mean_loss
 from slt_interp.estimators.sweep import Sweep, calibration_sweep
 from slt_interp.estimators.tempering import temper
+from slt_interp.estimators.volume import behavioral_kl, estimate_volume
+from slt_interp.estimators.volume_estimate import VolumeEstimate
 from slt_interp.posterior import LocalPosterior
 from slt_interp.probes.draws import over_draws
 from slt_interp.samplers.chains import chain_mesh, sample
@@ -35,6 +37,7 @@ __all__ = [
     "Ball",
     "Box",
     "Draws",
+    "FloatGrid",
     "FullBatch",
     "Gaussian",
     "Information",
@@ -45,11 +48,14 @@ __all__ = [
     "RMSPropSGLD",
     "Spectrum",
     "Sweep",
+    "VolumeEstimate",
     "analytic",
+    "behavioral_kl",
     "calibration_sweep",
     "chain_mesh",
     "estimate_llc",
     "estimate_spectrum",
+    "estimate_volume",
     "information",
     "keep_energy",
     "keep_example_losses",

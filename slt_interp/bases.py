@@ -4,6 +4,8 @@ A base measure has a density exp(-potential), exact draws, a variance that sets 
 moving inside it: bounded ones (`Box`, `Ball`) reflect a straight path at their walls. Metropolis kernels need no
 reflection, since the potential outside is infinite. Center, scale, low, high and radius are scalars or pytrees like the
 parameters.
+
+`FloatGrid` counts the weights that a floating-point format has. It has no density, and only subset simulation takes it.
 """
 
 from dataclasses import dataclass
@@ -12,7 +14,8 @@ from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key, PyTree
+import numpy as np
+from jaxtyping import Array, Float, Key, PyTree, UInt32
 
 from slt_interp.tree import Params, Real, broadcast, dimension, dot, normal_like, register_dataclass, uniform_like
 
@@ -212,6 +215,80 @@ class Ball:
         return dot(place, place)
 
 
+@partial(register_dataclass, data_fields=["radius"], meta_fields=["dtype"])
+@dataclass(frozen=True)
+class FloatGrid:
+    """The counting measure of the floating-point numbers of `dtype` within `radius` of each weight.
+
+    Numbers are counted by value: zero once, infinities not. Of another kind than the other bases, it has no density and no
+    center of its own: a point is a place on the grid, in each coordinate an unsigned 32-bit number counted from the lowest
+    number of the grid, and neighbors are one rounding apart, so that most of the numbers are near zero.
+
+    >>> grid = FloatGrid("float16", radius=0.25)
+    >>> center = jnp.ones(2)
+    >>> round(float(np.exp(grid.log_total(center[:1]))))  # 512 from .75 to 1, and 257 from there
+    769
+    >>> grid.at(grid.sample_places(jax.random.key(0), center), center).shape
+    (2,)
+    """
+
+    dtype: Any
+    radius: PyTree[Real]
+
+    def log_total(self, center: Params) -> float:
+        """Log number of configurations around `center`, in nats."""
+        _, counts = self._range(center)
+        return sum(float(np.sum(np.log(np.asarray(n, np.float64)))) for n in jax.tree.leaves(counts))
+
+    def sample_places(self, key: Key[Array, ""], center: Params) -> PyTree[UInt32[Array, "..."]]:
+        """Draw places, all equally probable, in the structure of `center`."""
+        _, counts = self._range(center)
+        return _with_keys(lambda key, n: jax.random.randint(key, n.shape, 0, n, jnp.uint32), key, counts)
+
+    def at(self, places: PyTree[UInt32[Array, "..."]], center: Params) -> Params:
+        """Turn places into numbers, in the dtypes of `center`."""
+        lowest, _ = self._range(center)
+        index = jax.tree.map(lambda low, place: low + jax.lax.bitcast_convert_type(place, jnp.int32), lowest, places)
+        return jax.tree.map(lambda i, c: _to_float(i, self.dtype).astype(c.dtype), index, center)
+
+    def shift_places(
+        self, key: Key[Array, ""], places: PyTree[UInt32[Array, "..."]], center: Params, size: Real, share: Real
+    ) -> PyTree[UInt32[Array, "..."]]:
+        """Propose other places: a random `share` of the coordinates goes `size` widths of the grid up or down, off its ends.
+
+        Sizes are half-normal, at least one place. As likely as its reverse.
+        """
+
+        def shift(key: Key[Array, ""], place: Array, count: Array) -> Array:
+            size_key, sign_key, share_key = jax.random.split(key, 3)
+            size_here = jnp.abs(jax.random.normal(size_key, place.shape)) * size * count.astype(jnp.float32)
+            jump = jnp.minimum(jnp.ceil(jnp.minimum(size_here, 2.0**31)).astype(jnp.uint32), count - 1)
+            # Folded about half a place beyond the ends; unsigned numbers must not pass below zero on the way.
+            up = jnp.where(jump < count - place, place + jump, count - 1 - (jump - (count - place)))
+            down = jnp.where(jump <= place, place - jump, jump - place - 1)
+            moved = jnp.where(jax.random.bernoulli(sign_key, shape=place.shape), up, down)
+            return jnp.where(jax.random.uniform(share_key, place.shape) < share, moved, place)
+
+        _, counts = self._range(center)
+        return _with_keys(shift, key, places, counts)
+
+    def _range(self, center: Params) -> tuple[PyTree[Array], PyTree[Array]]:
+        """Index of the lowest number of the grid in every coordinate, and how many there are."""
+
+        def ends(c: Array, radius: Real) -> tuple[Array, Array]:
+            c = c.astype(jnp.promote_types(c.dtype, jnp.float32))
+            radius = jnp.broadcast_to(jnp.asarray(radius, c.dtype), c.shape)
+            top = _to_index(jnp.asarray(jnp.finfo(self.dtype).max, self.dtype))
+            low, high = (jnp.clip(_to_index((c + r).astype(self.dtype)), -top, top) for r in (-radius, radius))
+            # The nearest number to an end may lie beyond it.
+            low = low + (c - _to_float(low, self.dtype).astype(c.dtype) > radius)
+            high = high - (_to_float(high, self.dtype).astype(c.dtype) - c > radius)
+            return low, jax.lax.bitcast_convert_type(high - low, jnp.uint32) + 1
+
+        pairs = _map(ends, center, self.radius)
+        return jax.tree.transpose(jax.tree.structure(center), jax.tree.structure((0, 0)), pairs)
+
+
 BASES = (Gaussian, Box, Ball)
 
 _MAX_BOUNCES = 100
@@ -224,3 +301,24 @@ def _wall(inside: Array) -> Float[Array, ""]:
 def _map(function: Any, params: Params, *others: PyTree[Real]) -> Any:
     """Map over the leaves of `params` and what belongs to them, each a scalar or a pytree like `params`."""
     return jax.tree.map(function, params, *(broadcast(other, params) for other in others))
+
+
+def _with_keys(function: Any, key: Key[Array, ""], tree: Params, *others: Params) -> Any:
+    """Map over leaves with a key for each."""
+    leaves, structure = jax.tree.flatten(tree)
+    keys = jax.random.split(key, len(leaves))
+    rest = [structure.flatten_up_to(other) for other in others]
+    return structure.unflatten([function(*parts) for parts in zip(keys, leaves, *rest, strict=True)])
+
+
+def _to_index(x: Array) -> Array:
+    """Give floating-point numbers their place in the order of all; both zeros have 0."""
+    width = jnp.finfo(x.dtype).bits
+    bits = jax.lax.bitcast_convert_type(x, f"int{width}").astype(jnp.int32)
+    magnitude = bits & (2 ** (width - 1) - 1)
+    return jnp.where(bits < 0, -magnitude, magnitude)
+
+
+def _to_float(index: Array, dtype: Any) -> Array:
+    magnitude = jax.lax.bitcast_convert_type(jnp.abs(index).astype(f"int{jnp.finfo(dtype).bits}"), dtype)
+    return jnp.where(index < 0, -magnitude, magnitude)

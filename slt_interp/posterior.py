@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from slt_interp.bases import BASES, Base, Gaussian
+from slt_interp.bases import BASES, Base, FloatGrid, Gaussian
 from slt_interp.data import Batch, map_blocks
 from slt_interp.errors import InputError
 from slt_interp.tree import Params, Real, broadcast, check_like, check_params, dimension, dot, register_dataclass
@@ -194,6 +194,11 @@ def check_target(target: LocalPosterior, params: Params, batch: Batch) -> None:
     # In numpy: every operation on JAX arrays would be a program of its own in a new process.
     if not np.all((np.asarray(target.nbeta) >= 0) & np.isfinite(np.asarray(target.nbeta))):
         raise InputError(f"nbeta must be finite and not negative, but is {target.nbeta}: n / log n is customary")
+    if isinstance(target.localization, FloatGrid):
+        raise InputError(
+            "a FloatGrid counts numbers and has no density to sample from: give it to estimate_volume with method='subset', "
+            "and a Gaussian, Box or Ball here"
+        )
     if not isinstance(target.localization, BASES):
         if not np.all(np.asarray(target.localization) > 0):
             raise InputError(

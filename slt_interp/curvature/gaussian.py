@@ -4,6 +4,8 @@ With L(w) - L* = 1/2 sum h_i w_i^2 everything the package measures by sampling h
 true loss is not of that form, and these predictions are what the sampled values are compared with.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 from jaxtyping import Float
 
@@ -32,21 +34,28 @@ def gaussian_llc(
 
 
 def log_ellipsoid_mass(
-    thresholds: Float[np.ndarray, " threshold"], scales: Float[np.ndarray, " i"], weights: Float[np.ndarray, " i"]
+    thresholds: Float[np.ndarray, " threshold"],
+    scales: Float[np.ndarray, " i"],
+    weights: Float[np.ndarray, " i"],
+    noncentralities: Float[np.ndarray, " i"] | None = None,
+    tilt: float = 0.0,
 ) -> Float[np.ndarray, " threshold"]:
-    """Log probability that sum_i a_i z_i^2 <= threshold, for standard normal z: a weighted chi-squared law.
+    """Log probability that sum_i a_i (z_i + d_i)^2 + tilt z_0 <= threshold, for standard normal z.
 
-    The Laplace transform sum_i -1/2 log(1 + 2 s a_i) is inverted numerically along a contour through a saddle point on the
-    real axis: of the lower tail up to the mean, of the upper tail beyond it, so that the smaller of the two keeps full
-    relative accuracy, also far below the smallest float. The contour is a parabola around the singularities, all of which are
-    on the negative axis, so that its integrand decays like a Gaussian; where many equal scales would make the
-    integrand grow along it, it is the vertical line, on which they make it decay. Either way the trapezoidal rule
-    converges geometrically.
+    Without shifts d_i and tilt a weighted chi-squared law. Its Laplace transform
+    sum_i -1/2 log(1 + 2 s a_i) - s a_i d_i^2 / (1 + 2 s a_i) + (tilt s)^2 / 2 is inverted numerically along a contour through a
+    saddle point on the real axis: of the lower tail up to the mean, of the upper tail beyond it, so that the smaller of the
+    two keeps full relative accuracy, also far below the smallest float. The contour is a parabola around the singularities,
+    all of which are on the negative axis, so that its integrand decays like a Gaussian; where many equal scales, or a tilt,
+    would make the integrand grow along it, it is the vertical line, on which they make it decay. Either way the trapezoidal
+    rule converges geometrically.
 
     Args:
-        thresholds: positive.
+        thresholds: any without noncentralities, positive; negative ones have mass with a tilt only.
         scales: the a_i, at least 0.
         weights: how often each a_i occurs; need not be whole.
+        noncentralities: sum of d_i^2 over the weights of each a_i; none by default.
+        tilt: standard deviation of what is linear in z.
 
     References:
         Rice (1980), Distribution of quadratic forms in normal random variables: evaluation by numerical integration.
@@ -56,40 +65,76 @@ def log_ellipsoid_mass(
     [-0.458675]
     """
     scales, weights = np.asarray(scales, dtype=np.float64), np.asarray(weights, dtype=np.float64)
+    shifts = np.zeros(len(scales)) if noncentralities is None else np.asarray(noncentralities, dtype=np.float64)
+    thresholds = np.asarray(thresholds, dtype=np.float64)
     present = (scales > 0) & (weights > 0)
-    scales, weights = scales[present], weights[present]
+    scales, weights, shifts = scales[present], weights[present], shifts[present]
     if scales.size == 0:
-        return np.zeros(len(thresholds))
+        return _log_normal_cdf(thresholds, tilt)
     unit = scales.max()
-    mean = np.sum(weights * scales) / unit
+    law = _Form(scales / unit, weights, shifts, tilt / unit)
+    mean = np.sum((weights + shifts) * law.scales)
     values = []
-    for threshold in np.asarray(thresholds, dtype=np.float64) / unit:
-        tail = _log_tail(float(threshold), scales / unit, weights, lower=threshold <= mean)
-        values.append(tail if threshold <= mean else np.log1p(-np.exp(min(tail, 0.0))))
+    for threshold in thresholds / unit:
+        if threshold <= 0 and not tilt:
+            values.append(-np.inf)
+            continue
+        tail = _log_tail(float(threshold), law, lower=threshold <= mean)
+        values.append(min(tail, 0.0) if threshold <= mean else np.log1p(-np.exp(min(tail, 0.0))))
     return np.array(values)
 
 
-def _log_tail(threshold: float, scales: np.ndarray, weights: np.ndarray, *, lower: bool) -> float:
-    """Log probability of the tail below (or above) `threshold`, for scales of at most 1."""
+class _Form(NamedTuple):
+    """A quadratic form of normal variables: see `log_ellipsoid_mass`; scales of at most 1."""
+
+    scales: np.ndarray
+    weights: np.ndarray
+    shifts: np.ndarray
+    tilt: float
+
+
+def _log_normal_cdf(thresholds: np.ndarray, scale: float) -> np.ndarray:
+    from scipy.special import log_ndtr
+
+    if scale:
+        return log_ndtr(thresholds / scale)
+    with np.errstate(divide="ignore"):
+        return np.log((thresholds >= 0).astype(np.float64))
+
+
+def _log_tail(threshold: float, form: _Form, *, lower: bool) -> float:
+    """Log probability of the tail below (or above) `threshold`."""
     from scipy.optimize import root_scalar
 
+    scales, weights, shifts, tilt = form
     sign = 1.0 if lower else -1.0
 
     def slope(s: float) -> float:
-        return threshold - 1 / s - np.sum(weights * scales / (1 + 2 * s * scales))
+        damped = scales / (1 + 2 * s * scales)
+        return threshold - 1 / s - np.sum(weights * damped + shifts * damped**2 / scales) + s * tilt**2
 
     def log_integrand(s: np.ndarray) -> np.ndarray:
-        return s * threshold - np.log(sign * s) - 0.5 * np.log1p(2 * np.multiply.outer(s, scales)) @ weights
+        product = np.multiply.outer(s, scales)
+        shifted = (product / (1 + 2 * product)) @ shifts
+        return s * threshold - np.log(sign * s) - 0.5 * np.log1p(2 * product) @ weights - shifted + 0.5 * (s * tilt) ** 2
 
     if lower:
-        # At the saddle s * threshold lies between 1 and 1 + sum(weights) / 2.
-        bracket, vertex = (0.5 / threshold, (2 + weights.sum()) / threshold), 0.0
+        # Without a tilt, at the saddle s * threshold lies between 1 and 1 + sum(weights) / 2 + sum(shifts) / 8.
+        largest = (2 + weights.sum() + shifts.sum()) / (threshold if threshold > 0 else tilt)
+        while slope(largest) < 0:
+            largest *= 2
+        smallest = 0.5 / threshold if threshold > 0 else 0.5 * largest
+        while slope(smallest) > 0:
+            smallest /= 2
+        bracket, vertex = (smallest, largest), 0.0
     else:
         bracket, vertex = (-0.5 * (1 - 1e-12), -1e-12 / threshold), -0.5
     saddle = root_scalar(slope, bracket=bracket, method="brentq", xtol=1e-300, rtol=1e-14).root
     reach = saddle - vertex
     peak = log_integrand(np.array([saddle + 0j]))[0].real
-    width = 1 / np.sqrt(1 / saddle**2 + 2 * np.sum(weights * (scales / (1 + 2 * saddle * scales)) ** 2))
+    damped = scales / (1 + 2 * saddle * scales)
+    curvature = 1 / saddle**2 + np.sum(2 * weights * damped**2 + 4 * shifts * damped**3 / scales) + tilt**2
+    width = 1 / np.sqrt(curvature)
     spacing = min(width, reach, abs(saddle)) / reach / _NODES_PER_WIDTH
 
     def log_parabola(u: np.ndarray) -> np.ndarray:
@@ -98,7 +143,7 @@ def _log_tail(threshold: float, scales: np.ndarray, weights: np.ndarray, *, lowe
     def log_line(u: np.ndarray) -> np.ndarray:
         return log_integrand(saddle + 1j * reach * u) + np.log(reach) - peak
 
-    for contour in (log_parabola, log_line):
+    for contour in (log_line,) if tilt else (log_parabola, log_line):
         end = 16 * spacing
         while np.real(contour(np.array([end])) - contour(np.zeros(1)))[0] > -_DIGITS:
             end *= 1.25

@@ -157,7 +157,15 @@ def estimate_spectrum(
     return Spectrum(values, weights, residuals, is_exact, tuple(warnings))
 
 
-def _dense(loss_fn: LossFn, params: Params, data: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def dense_hessian(loss_fn: LossFn, params: Params, data: Batch) -> tuple[Float[np.ndarray, "i i"], float]:
+    """Compute the Hessian of the loss on all of `data`, symmetric, in the order of `ravel_pytree`, and its rounding error.
+
+    In float64 if the loss can, at the cost of as many Hessian-vector products as there are weights. The rounding error bounds
+    that of every eigenvalue.
+
+    >>> dense_hessian(lambda w, batch: w[0] * w[1], jnp.ones(2), None)[0].tolist()
+    [[0.0, 1.0], [1.0, 0.0]]
+    """
     # float64 here only: in float32 the small eigenvalues drown in rounding noise of the large ones.
     try:
         with jax.enable_x64(True):
@@ -165,11 +173,15 @@ def _dense(loss_fn: LossFn, params: Params, data: Batch) -> tuple[np.ndarray, np
     except TypeError:
         # The loss insists on its own precision, as a scan with a float32 carry does.
         matrix = _matrix(loss_fn, params, data)
+    # Rounding makes the matrix unsymmetric, and by as much eigenvalues may be off: a loss that casts to float32 shows here.
+    return 0.5 * (matrix + matrix.T), float(np.linalg.norm(matrix - matrix.T))
+
+
+def _dense(loss_fn: LossFn, params: Params, data: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    matrix, rounding = dense_hessian(loss_fn, params, data)
     if not np.isfinite(matrix).all():
         return np.full((1, len(matrix)), np.nan), np.ones((1, len(matrix))), np.zeros((1, len(matrix)))
-    values = np.linalg.eigvalsh(0.5 * (matrix + matrix.T))
-    # Rounding makes the matrix unsymmetric, and by as much eigenvalues may be off: a loss that casts to float32 shows here.
-    rounding = np.linalg.norm(matrix - matrix.T)
+    values = np.linalg.eigvalsh(matrix)
     return values[None], np.ones((1, len(values))), np.full((1, len(values)), rounding)
 
 

@@ -56,6 +56,7 @@ class LogVolume:
     Attributes:
         thresholds: above the loss at the weights, nats per example.
         log_volume, std_error: by weighted draws.
+        family_gap: by how much chains from the base and from the weights differ, nats.
         saddle_point: the same from energies alone, by inverting the partition function at its saddle point; it is good to about
             1 / (12 (1 + LLC)) nats.
     """
@@ -63,6 +64,7 @@ class LogVolume:
     thresholds: Float[np.ndarray, " threshold"]
     log_volume: Float[np.ndarray, " threshold"]
     std_error: Float[np.ndarray, " threshold"]
+    family_gap: Float[np.ndarray, " threshold"]
     saddle_point: Float[np.ndarray, " threshold"]
 
 
@@ -188,7 +190,8 @@ class Ladder:
                 )
             volume, error = self._pooled.log_mass(inside)
             pair = [family.log_mass(inside[:, members])[0] for family, members in self._families]
-            values.append((volume, max(error, abs(pair[0] - pair[1]) / 2), self._saddle_point(threshold)))
+            gap = abs(pair[0] - pair[1])
+            values.append((volume, max(error, gap / 2), gap, self._saddle_point(threshold)))
         return LogVolume(thresholds, *np.array(values).T)
 
     def draws(self, rung: int) -> Params:

@@ -52,3 +52,31 @@ def test_gaussian_llc_of_a_proper_and_an_improper_posterior():
     expected = 0.5 * np.sum(100 * eigenvalues / (100 * eigenvalues + 10))
     assert gaussian_llc(eigenvalues, np.ones(4), 100.0, 10.0) == pytest.approx(expected)
     assert np.isnan(gaussian_llc(eigenvalues, np.ones(4), 1e5, 10.0))
+
+
+@pytest.mark.parametrize(("degrees", "noncentrality"), [(1, 0.5), (3, 4.0), (10, 100.0), (850, 1000.0)])
+def test_shifted_weights_are_noncentral_chi_squared(degrees, noncentrality):
+    thresholds = (degrees + noncentrality) * np.array([1e-3, 0.1, 0.5, 0.9, 1.0, 1.1, 1.5])
+    exact = stats.ncx2(degrees, noncentrality).logcdf(thresholds)
+    found = log_ellipsoid_mass(thresholds, np.array([1.0]), np.array([float(degrees)]), np.array([noncentrality]))
+    # scipy sums a series and underflows where we do not.
+    keep = np.isfinite(exact)
+    np.testing.assert_allclose(found[keep], exact[keep], rtol=1e-9, atol=1e-12)
+    assert np.all((found <= 0) & np.isfinite(found))
+
+
+@pytest.mark.parametrize("tilt", [0.0, 0.05, 1.0, 10.0])
+def test_shifted_and_tilted_forms_against_monte_carlo(tilt):
+    scales, shifts, rng = np.array([3.0, 1.0, 0.1]), np.array([0.5, -2.0, 3.0]), np.random.default_rng(0)
+    draws = ((rng.normal(size=(500_000, 3)) + shifts) ** 2) @ scales + tilt * rng.normal(size=500_000)
+    for threshold in (-5.0, 0.3, 2.0, 8.0, 40.0):
+        share = (draws <= threshold).mean()
+        found = np.exp(log_ellipsoid_mass(np.array([threshold]), scales, np.ones(3), shifts**2, tilt)[0])
+        assert abs(found - share) <= 4 * np.sqrt(found * (1 - found) / 5e5)
+
+
+def test_a_tilt_alone_is_a_half_space():
+    thresholds = np.array([-3.0, 0.0, 2.0])
+    found = log_ellipsoid_mass(thresholds, np.zeros(2), np.ones(2), np.zeros(2), 2.0)
+    np.testing.assert_allclose(found, stats.norm(0, 2.0).logcdf(thresholds), rtol=1e-12)
+    assert log_ellipsoid_mass(thresholds, np.zeros(2), np.ones(2)).tolist() == [-np.inf, 0.0, 0.0]

@@ -1,0 +1,419 @@
+"""Volumes by subset simulation: a population descends through nested sublevel sets of the loss.
+
+Particles are drawn from the base measure. The level below which a fifth of them lie is the next one: those survive, are
+copied to full number, and are moved within the new sublevel set (`walks`) until they have forgotten each other. log V of
+a level is the sum of the logs of these fractions, and one descent tells V at every threshold on the way, each from the
+particles of the level above it.
+
+The fraction below an order statistic is a random number whose log is smaller in the mean than the log of the fraction
+by half its relative variance: this is taken off, so that log V of one seed is unbiased to first order. Copies that
+moved too little are alike, and their fractions vary more; the variance is taken between families of copies.
+Families of families are seen in the spread between seeds only: errors are the larger of the two, and seeds that spread far
+more than their families tell are what under-mixing looks like, which always makes volumes too small.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+from tqdm.auto import tqdm
+
+from slt_interp.bases import Base, FloatGrid
+from slt_interp.data import Batch
+from slt_interp.errors import InputError
+from slt_interp.estimators.llc import DO_NOT_TRUST, OK
+from slt_interp.estimators.volume_estimate import REFUSED, VolumeEstimate, check_thresholds, rounding_warnings
+from slt_interp.estimators.walks import NUM_STEPS, GridWalk, Particle, Reflective
+from slt_interp.posterior import LocalPosterior, LossFn, check_target
+from slt_interp.samplers.chains import choose_block_size
+from slt_interp.tree import Params, check_key
+
+
+def subset_simulation(
+    key: Key[Array, ""],
+    loss_fn: LossFn,
+    params: Params,
+    data: Batch,
+    thresholds: Any,
+    *,
+    base: Base | FloatGrid,
+    labels: Callable[[Params], Int[Array, ""]] | None = None,
+    num_particles: int = 500,
+    num_seeds: int = 4,
+    num_moves: int = 8,
+    precision: float = 0.05,
+    max_rounds: int = 10,
+    progress: bool = True,
+) -> VolumeEstimate:
+    """Estimate log volumes by subset simulation from independent seeds, in rounds until errors are small.
+
+    Cost of a round: num_seeds * num_particles * num_moves * 8 steps for each 1.6 nats of log volume; a step is one loss, and
+    a gradient and a second loss where the path meets the level.
+
+    Args:
+        key: typed PRNG key.
+        loss_fn: any scalar function `(params, batch) -> scalar`; thresholds are in its units.
+        params: the trained weights.
+        data: passed to the loss whole.
+        thresholds: above the loss at params, increasing.
+        base: `Gaussian`, `Box`, `Ball` or `FloatGrid`.
+        labels: `(params) -> int`; the volume is then split among the labels of the particles.
+        num_particles: particles of a seed.
+        num_seeds: independent seeds of a round, at least 3.
+        num_moves: moves of `walks.NUM_STEPS` steps between two levels.
+        precision: standard error to reach, nats, or a tenth of it times |log V| where that is larger.
+        max_rounds: rounds at most.
+        progress: whether to show a progress bar.
+
+    References:
+        Au and Beck (2001), Estimation of small failure probabilities in high dimensions by subset simulation.
+        Cerou, Del Moral, Furon and Guyader (2012), Sequential Monte Carlo for rare event estimation (bias and variance).
+
+    >>> from slt_interp import Gaussian
+    >>> found = subset_simulation(jax.random.key(0), lambda w, batch: jnp.sum(w**2) / 2, jnp.zeros(2), None, [1.0],
+    ...                           base=Gaussian(0.0, 1.0), progress=False)
+    >>> bool(abs(found.log_volume[0] - np.log(1 - np.exp(-1))) < 4 * found.std_error[0])
+    True
+    """
+    check_key(key)
+    thresholds = check_thresholds(thresholds)
+    for name, value, least in (
+        ("num_particles", num_particles, 20),
+        ("num_seeds", num_seeds, 3),
+        ("num_moves", num_moves, 1),
+        ("max_rounds", max_rounds, 1),
+    ):
+        if value < least:
+            raise InputError(f"{name} must be at least {least}, but is {value}")
+    walk = _make_walk(loss_fn, params, data, base)
+    init_loss = float(_loss(walk.target, walk.target.position(params), data))
+    if not np.isfinite(init_loss):
+        raise InputError(f"the loss is not finite at params, but {init_loss}: check loss_fn there")
+    descend = partial(
+        _descend,
+        walk,
+        data,
+        init_loss=init_loss,
+        thresholds=thresholds,
+        labels=labels,
+        num_particles=num_particles,
+        num_moves=num_moves,
+        block_size=_choose_block_size(walk.target, params, data, num_seeds * num_particles),
+    )
+    rounds: list[_Descents] = []
+    with tqdm(desc="subset simulation", unit="level", disable=not progress, leave=False) as bar:
+        for i in range(max_rounds):
+            seeds = jnp.arange(i * num_seeds, (i + 1) * num_seeds)
+            rounds.append(descend(jax.vmap(partial(jax.random.fold_in, key))(seeds), bar=bar))
+            value, error, _, _ = _combine(rounds)
+            # Thresholds that cannot be reached have no error to make smaller.
+            if np.all(~(error > precision * np.maximum(1.0, np.abs(value) / 10))):
+                break
+    return _conclude(rounds, thresholds, init_loss, base, params)
+
+
+_FRACTION = 0.2
+_MAX_LEVELS = 2000
+
+
+class _Descents(NamedTuple):
+    """What a round knows: log volumes and their variances (seed, threshold), NaN where a threshold was not reached."""
+
+    log_volume: Float[np.ndarray, "seed threshold"]
+    variance: Float[np.ndarray, "seed threshold"]
+    independent: Float[np.ndarray, "seed threshold"]
+    labels: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]]
+    lowest: float
+    num_levels: int
+    num_moves: int
+    progress: float
+
+
+def _make_walk(loss_fn: LossFn, params: Params, data: Batch, base: Base | FloatGrid) -> Reflective | GridWalk:
+    if not isinstance(base, FloatGrid):
+        target = LocalPosterior(loss_fn, params, 1.0, base)
+        check_target(target, params, data)
+        return Reflective(target)
+    target = LocalPosterior(loss_fn, params, 1.0, 1.0)
+    check_target(target, params, data)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if jnp.promote_types(leaf.dtype, base.dtype) != leaf.dtype:
+            raise InputError(
+                f"params{jax.tree_util.keystr(path)} is {leaf.dtype}, which cannot hold every {jnp.dtype(base.dtype)} of the "
+                "FloatGrid: convert params to a wider dtype"
+            )
+    if not all(bool(jnp.all(jnp.asarray(r) >= 0)) for r in jax.tree.leaves(base.radius)):
+        raise InputError(f"the radius of a FloatGrid must not be negative, but is {base.radius}")
+    return GridWalk(target, base, target.position(params))
+
+
+def _choose_block_size(target: LocalPosterior, params: Params, data: Batch, count: int) -> int:
+    """Choose how many particles are vectorized together: more than chains where the loss is a small one, to save loops.
+
+    A divisor of their number, so that one program serves all blocks.
+    """
+    fitting = choose_block_size(_FITTING, None, target, params, data)
+    most = _SMALL_LOSS_BLOCK if fitting == _FITTING else fitting
+    return max(size for size in range(1, min(most, count) + 1) if count % size == 0)
+
+
+_FITTING, _SMALL_LOSS_BLOCK = 16, 100
+
+
+def _descend(
+    walk: Reflective | GridWalk,
+    data: Batch,
+    keys: Key[Array, " seed"],
+    *,
+    init_loss: float,
+    thresholds: np.ndarray,
+    labels: Callable[[Params], Array] | None,
+    num_particles: int,
+    num_moves: int,
+    block_size: int,
+    bar: tqdm,
+) -> _Descents:
+    num_seeds = len(keys)
+    shape = (num_seeds, len(thresholds))
+    found = _Descents(np.full(shape, np.nan), np.full(shape, np.nan), np.full(shape, np.nan), {}, np.inf, 0, 0, np.nan)
+    particles = _begin(walk, data, keys, num_particles=num_particles, block_size=block_size)
+    steps = jnp.full(num_seeds, _FIRST_STEP)
+    families = np.tile(np.arange(num_particles), (num_seeds, 1))
+    above, total = np.full(num_seeds, np.inf), np.zeros((3, num_seeds))
+    active, shares = np.ones(num_seeds, bool), []
+    for depth in range(_MAX_LEVELS):
+        # Levels are losses that occurred, compared in their own precision; only thresholds are relative to params.
+        losses = np.asarray(particles.loss)
+        losses = np.where(np.isfinite(losses), losses, np.inf)
+        excess = losses.astype(np.float64) - init_loss
+        found = found._replace(lowest=min(found.lowest, float(excess.min())))
+        levels = np.array([_next_level(row) for row in losses])
+        below = levels.astype(np.float64) - init_loss
+        read = [(int(s), t) for s in np.flatnonzero(active) for t, e in enumerate(thresholds) if below[s] < e <= above[s]]
+        names = _labels(walk, particles.position, labels=labels) if labels is not None and read else None
+        for s, t in read:
+            inside = excess[s] <= thresholds[t]
+            if not inside.any():
+                continue
+            p, variance, independent = _fraction(inside, families[s])
+            found.log_volume[s, t] = total[0, s] + np.log(p) + variance / 2
+            found.variance[s, t] = total[1, s] + variance
+            found.independent[s, t] = total[2, s] + independent
+            if names is not None:
+                found.labels[s, t] = np.unique(np.asarray(names)[s][inside], return_counts=True)
+        for s in np.flatnonzero(active):
+            inside = losses[s] <= levels[s]
+            p, variance, independent = _fraction(inside, families[s])
+            # A level between ties is a level given beforehand, and its fraction errs the other way.
+            is_order_statistic = np.sum(losses[s] == levels[s]) == 1
+            correction = -variance / 2 - 1 / num_particles if is_order_statistic else variance / 2
+            total[:, s] += np.log(p) + correction, variance, independent
+        is_stuck = ~np.isfinite(levels) | (_spread(losses) <= _ROUNDING * np.abs(losses).min(axis=1))
+        active = active & (below > thresholds[0]) & ~is_stuck
+        if not active.any() or depth == _MAX_LEVELS - 1:
+            break
+        above = below
+        particles, families, steps, progress = _advance(
+            walk,
+            data,
+            jax.vmap(lambda key, depth=depth: jax.random.fold_in(key, depth + 1))(keys),
+            particles,
+            jnp.asarray(levels),
+            steps,
+            num_moves=num_moves,
+            block_size=block_size,
+        )
+        families = np.asarray(families)
+        shares.append(float(np.mean(progress)))
+        bar.update()
+        bar.set_postfix(excess_loss=f"{np.median(below):.3g}", refresh=False)
+    moves = len(shares) * num_moves * num_seeds * num_particles
+    return found._replace(num_levels=len(shares), num_moves=moves, progress=float(np.mean(shares)) if shares else np.nan)
+
+
+_FIRST_STEP = 0.7
+_ROUNDING = 8 * float(np.finfo(np.float32).eps)
+
+
+@partial(jax.jit, static_argnames=("num_particles", "block_size"))
+def _begin(
+    walk: Reflective | GridWalk, data: Batch, keys: Key[Array, " seed"], *, num_particles: int, block_size: int
+) -> Particle:
+    flat = jax.vmap(partial(jax.random.split, num=num_particles))(keys).ravel()
+    particles = jax.lax.map(lambda key: walk.sample(key, data), flat, batch_size=block_size)
+    return jax.tree.map(lambda x: x.reshape(len(keys), num_particles, *x.shape[1:]), particles)
+
+
+@partial(jax.jit, static_argnames=("num_moves", "block_size"))
+def _advance(
+    walk: Reflective | GridWalk,
+    data: Batch,
+    keys: Key[Array, " seed"],
+    particles: Particle,
+    levels: Float[Array, " seed"],
+    steps: Float[Array, " seed"],
+    *,
+    num_moves: int,
+    block_size: int,
+) -> tuple[Particle, Int[Array, "seed particle"], Float[Array, " seed"], Float[Array, " seed"]]:
+    """Copy survivors to full number, and move all of them below the new levels; also say whose copies they are."""
+    num_seeds, num_particles = particles.loss.shape
+
+    def copy(key: Key[Array, ""], particles: Particle, level: Array) -> tuple[Particle, Array]:
+        survives = particles.loss <= level
+        order = jnp.argsort(jnp.where(survives, jax.random.uniform(key, survives.shape), jnp.inf))
+        chosen = order[jnp.arange(num_particles) % jnp.maximum(jnp.sum(survives), 1)]
+        return jax.tree.map(lambda x: x[chosen], particles), chosen
+
+    def one(at: tuple) -> tuple[Particle, Array]:
+        key, particle, level, step = at
+        return walk.move(key, particle, level, step, data)
+
+    def move(carry: tuple, keys: Key[Array, " seed"]) -> tuple[tuple, Array]:
+        particles, steps = carry
+        each = jax.vmap(partial(jax.random.split, num=num_particles))(keys)
+        settings = (jnp.broadcast_to(x[:, None], each.shape) for x in (levels, steps))
+        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (each, particles, *settings))
+        moved, progress = jax.lax.map(one, flat, batch_size=block_size)
+        particles = jax.tree.map(lambda x: x.reshape(num_seeds, num_particles, *x.shape[1:]), moved)
+        progress = jnp.mean(progress.reshape(num_seeds, num_particles), axis=1)
+        # Common to a seed's particles, and so almost independent of each.
+        steps = jnp.minimum(steps * jnp.exp(progress - walk.goal), walk.largest_step)
+        return (particles, steps), progress
+
+    all_keys = jax.vmap(partial(jax.random.split, num=num_moves + 1))(keys).T
+    particles, families = jax.vmap(copy)(all_keys[0], particles, levels)
+    (particles, steps), progress = jax.lax.scan(move, (particles, steps), all_keys[1:])
+    return particles, families, steps, progress[-1]
+
+
+@jax.jit
+def _loss(target: LocalPosterior, params: Params, data: Batch) -> Array:
+    return target.loss(params, data)
+
+
+@partial(jax.jit, static_argnames=("labels",))
+def _labels(walk: Reflective | GridWalk, positions: Any, *, labels: Callable[[Params], Array]) -> Array:
+    return jax.vmap(jax.vmap(lambda position: labels(walk.params(position))))(positions)
+
+
+def _next_level(losses: Float[np.ndarray, " particle"]) -> float:
+    """Take the loss below which a fifth lie; where the higher ones tie with it, the largest below the tie, if any."""
+    level = np.partition(losses, int(_FRACTION * len(losses)) - 1)[int(_FRACTION * len(losses)) - 1]
+    lower = losses[losses < level]
+    return lower.max() if level == losses.max() and len(lower) else level
+
+
+def _spread(losses: Float[np.ndarray, "seed particle"]) -> Float[np.ndarray, " seed"]:
+    with np.errstate(invalid="ignore"):
+        return losses.max(axis=1) - losses.min(axis=1)
+
+
+def _fraction(inside: np.ndarray, families: np.ndarray) -> tuple[float, float, float]:
+    """Fraction of the particles inside, its relative variance between families of copies, and that of independent ones."""
+    count = len(inside)
+    p = inside.mean()
+    # Half a particle outside is assumed where there is none.
+    independent = max(1 - p, 0.5 / count) / (p * count)
+    between = np.sum(np.bincount(families, inside - p) ** 2) / (p * count) ** 2
+    return float(p), float(max(between, independent)), float(independent)
+
+
+def _combine(rounds: list[_Descents]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Mean log volumes over seeds, their errors, the spread between seeds, and the spread that their families explain."""
+    values, variances = (np.concatenate([getattr(r, name) for r in rounds]) for name in ("log_volume", "variance"))
+    spread, explained = values.std(axis=0, ddof=1), np.sqrt(variances.mean(axis=0))
+    return values.mean(axis=0), np.maximum(spread, explained) / np.sqrt(len(values)), spread, explained
+
+
+def _conclude(
+    rounds: list[_Descents], thresholds: np.ndarray, init_loss: float, base: Base | FloatGrid, params: Params
+) -> VolumeEstimate:
+    value, error, spread, explained = _combine(rounds)
+    per_seed = np.concatenate([r.log_volume for r in rounds])
+    independent = np.sqrt(np.concatenate([r.independent for r in rounds]).mean(axis=0))
+    is_count = isinstance(base, FloatGrid)
+    lowest = min(r.lowest for r in rounds)
+    warnings, status = rounding_warnings(thresholds, init_loss), OK
+    unreached = np.isnan(value)
+    if unreached.any():
+        status = REFUSED
+        warnings.append(
+            f"no seed could go below {lowest:.4g} above the loss at params, or not every one: the volume at thresholds up to "
+            f"{thresholds[unreached].max():.3g} is unknown; raise the thresholds, or move the base measure nearer to params"
+        )
+    with np.errstate(invalid="ignore"):
+        torn = (spread > _TORN) & (spread > _TORN_RATIO * explained)
+        loose = (spread > _LOOSE) & (spread > _LOOSE_RATIO * explained) & ~torn
+    if torn.any() or loose.any():
+        status = REFUSED if torn.any() or unreached.any() else DO_NOT_TRUST
+        worst = int(np.argmax(np.where(torn | loose, spread / explained, 0.0)))
+        warnings.append(
+            f"at threshold {thresholds[worst]:.3g} the seeds spread by {spread[worst]:.2g} nats where {explained[worst]:.2g} "
+            "are expected: the particles move too little between levels, and the volume reads too small; raise num_moves, then "
+            "num_particles of subset_simulation"
+        )
+    ratio = float(np.nanmax((explained / independent) ** 2, initial=0.0))
+    if ratio > _MAX_INFLATION:
+        status = DO_NOT_TRUST if status == OK else status
+        warnings.append(
+            f"copies of a particle stay alike (their fractions vary {ratio:.1f} times as much as independent ones would): "
+            "raise num_moves of subset_simulation"
+        )
+    below = f"; losses up to {-lowest:.3g} below that of params were found" if lowest < -_ROUNDING * abs(init_loss) else ""
+    total = base.log_total(params) if isinstance(base, FloatGrid) else 0.0
+    value, error = np.where(torn, np.nan, value), np.where(torn, np.nan, error)
+    return VolumeEstimate(
+        thresholds,
+        value + total,
+        error,
+        "subset simulation",
+        "the whole sublevel set within the base measure, with all its symmetric copies" + below,
+        status,
+        tuple(warnings),
+        {
+            "lowest_excess_loss": lowest,
+            "num_seeds": len(per_seed),
+            "num_levels": max(r.num_levels for r in rounds),
+            "num_steps": NUM_STEPS * sum(r.num_moves for r in rounds),
+            "spread": spread.tolist(),
+            "expected_spread": explained.tolist(),
+            "variance_inflation": ratio,
+            "progress": float(np.mean([r.progress for r in rounds])),
+        },
+        per_seed + total,
+        _by_label(rounds, value + total, error),
+        is_count,
+    )
+
+
+def _by_label(
+    rounds: list[_Descents], log_volume: np.ndarray, std_error: np.ndarray
+) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """Split log volumes by the share of each label, averaged over seeds."""
+    found = [r.labels for r in rounds if r.labels]
+    names = sorted({int(name) for labels in found for values, _ in labels.values() for name in values})
+    num_seeds = len(rounds[0].log_volume)
+    split = {}
+    for name in names:
+        shares = np.full((len(found) * num_seeds, len(log_volume)), np.nan)
+        for i, labels in enumerate(found):
+            for (s, t), (values, counts) in labels.items():
+                shares[i * num_seeds + s, t] = counts[values == name].sum() / counts.sum()
+        mean, error = shares.mean(axis=0), shares.std(axis=0, ddof=1) / np.sqrt(len(shares))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            split[name] = log_volume + np.log(mean), np.hypot(std_error, error / mean)
+    return split
+
+
+_TORN, _TORN_RATIO = 3.0, 4.0
+"""Between seeds, in nats and as a multiple of what is expected: no number is given."""
+
+_LOOSE, _LOOSE_RATIO = 0.3, 2.5
+"""A number is given, and not trusted."""
+
+_MAX_INFLATION = 2.0

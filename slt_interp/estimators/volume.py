@@ -1,0 +1,273 @@
+"""`estimate_volume`: how much of a base measure lies within a loss of the trained weights.
+
+V(eps) = P_base(L(w) <= L(w*) + eps), by methods that count different sets and fail in different ways:
+
+- "tempering": the whole sublevel set, by reweighting a ladder of temperatures (`temper`);
+- "subset": the whole sublevel set with all its symmetric copies, by a population that descends into it (`subset`);
+- "rays": the part that straight lines from w* reach, good near minima that a quadratic describes (`rays`);
+- "gaussian": the ellipsoid that gradient and Hessian at w* predict, exactly.
+
+The loss is any scalar function of the weights: `behavioral_kl` makes the one that asks for the same behavior.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, Int, Key, PyTree
+
+from slt_interp.bases import Base, FloatGrid, Gaussian
+from slt_interp.curvature.gaussian import log_ellipsoid_mass
+from slt_interp.curvature.spectrum import DENSE_LIMIT, dense_hessian
+from slt_interp.data import Batch, FullBatch
+from slt_interp.errors import InputError
+from slt_interp.estimators.llc import DO_NOT_TRUST, OK
+from slt_interp.estimators.rays import ray_volume
+from slt_interp.estimators.subset import subset_simulation
+from slt_interp.estimators.tempering import temper
+from slt_interp.estimators.volume_estimate import REFUSED, VolumeEstimate, check_thresholds, rounding_warnings
+from slt_interp.posterior import LocalPosterior, LossFn, check_target
+from slt_interp.samplers.chains import chain_mesh, sample
+from slt_interp.samplers.hmc import HMC
+from slt_interp.tree import Params, Real, broadcast, check_key, dimension
+
+
+def estimate_volume(
+    key: Key[Array, ""],
+    loss_fn: LossFn,
+    params: Params,
+    data: Batch,
+    thresholds: Any,
+    *,
+    base: Base | FloatGrid,
+    method: str = "tempering",
+    labels: Callable[[Params], Int[Array, ""]] | None = None,
+    progress: bool = True,
+) -> VolumeEstimate:
+    """Estimate log V(eps), the log mass of the weights whose loss is at most eps above that at `params`.
+
+    Args:
+        key: typed PRNG key.
+        loss_fn: any scalar function `(params, batch) -> scalar`: mean negative log-likelihood, `behavioral_kl`, an error rate.
+            Rays and the Gaussian need its derivatives, subset simulation is faster with them.
+        params: the trained weights.
+        data: passed to the loss whole; None if it ignores its batch.
+        thresholds: the eps, nats above the loss at params (or the loss's units), positive and increasing.
+        base: `Gaussian`, `Box`, `Ball`, or for the number of configurations of a floating-point format `FloatGrid`.
+        method: "tempering", "subset", "rays" or "gaussian".
+        labels: `(params) -> int`, computed on draws, splits the volume (volume per hypothesis); for "subset".
+        progress: whether to show a progress bar.
+
+    Returns:
+        A `VolumeEstimate`; `print` it. Settings of a method are arguments of `temper`, `subset_simulation` and `ray_volume`.
+
+    Raises:
+        InputError, TypeError, ValueError: one sentence for what cannot be used; see `check_target`.
+
+    >>> found = estimate_volume(jax.random.key(0), lambda w, batch: jnp.sum(w**2) / 2, jnp.zeros(2), None, [1e-3, 1e-2],
+    ...                         base=Gaussian(0.0, 1.0), method="gaussian")
+    >>> found.log_volume.round(3).tolist()  # log(1 - exp(-eps))
+    [-6.908, -4.61]
+    """
+    if method == "subset":
+        return subset_simulation(key, loss_fn, params, data, thresholds, base=base, labels=labels, progress=progress)
+    if isinstance(base, FloatGrid):
+        raise InputError(f"a FloatGrid counts numbers, which only method='subset' does, but method is {method!r}")
+    if labels is not None:
+        raise InputError(f"labels split the particles of method='subset', but method is {method!r}: leave one of them out")
+    if method == "tempering":
+        return tempered_volume(key, loss_fn, params, data, thresholds, base=base, progress=progress)
+    if method == "rays":
+        return ray_volume(key, loss_fn, params, data, thresholds, base=base)
+    if method == "gaussian":
+        return gaussian_volume(key, loss_fn, params, data, thresholds, base=base)
+    raise InputError(f"method must be 'tempering', 'subset', 'rays' or 'gaussian', but is {method!r}")
+
+
+def tempered_volume(
+    key: Key[Array, ""], loss_fn: LossFn, params: Params, data: Batch, thresholds: Any, *, base: Base, progress: bool = True
+) -> VolumeEstimate:
+    """Read log volumes from a ladder of temperatures, as cold as the smallest threshold asks.
+
+    No number is given for thresholds at which chains from the base and from the weights, or weighted draws and the saddle
+    point of the partition function, disagree by more than a nat or two, or where neighbors of the ladder hardly swap.
+    """
+    check_key(key)
+    thresholds = check_thresholds(thresholds)
+    probe_key, ladder_key = jax.random.split(key)
+    max_nbeta = _coldest(probe_key, LocalPosterior(loss_fn, params, 1 / thresholds[0], base), params, data, progress)
+    ladder = temper(ladder_key, loss_fn, params, data, base=base, max_nbeta=max_nbeta, progress=progress)
+    found = ladder.log_volume(thresholds)
+    apart = np.abs(found.log_volume - found.saddle_point)
+    reasons = []
+    far, uneven = found.family_gap > _MAX_GAP, apart > _MAX_SADDLE_GAP
+    if far.any():
+        reasons.append(
+            f"chains from the base and from the weights differ by up to {found.family_gap.max():.2g} nats, as after a "
+            "first-order transition: narrow the base measure"
+        )
+    if uneven.any():
+        reasons.append(
+            f"weighted draws and the saddle point differ by up to {np.nanmax(apart):.2g} nats: the ladder has gaps; take more "
+            "draws with temper(num_draws=...)"
+        )
+    is_broken = ladder.exchange.min() < _MIN_EXCHANGE
+    refused = far | uneven | is_broken
+    return VolumeEstimate(
+        thresholds,
+        np.where(refused, np.nan, found.log_volume),
+        np.where(refused, np.nan, found.std_error),
+        "tempering",
+        "the whole sublevel set within the base measure, symmetric copies included",
+        REFUSED if refused.any() else ladder.status,
+        (*reasons, *ladder.warnings, *rounding_warnings(thresholds, ladder.init_loss)),
+        {
+            "num_rungs": len(ladder.nbetas),
+            "max_nbeta": float(ladder.nbetas[-1]),
+            "gradients": ladder.gradients_per_chain * ladder.loss.shape[1],
+            "smallest_exchange": float(ladder.exchange.min()),
+            "round_trips_per_chain": ladder.round_trips,
+            "saddle_point": found.saddle_point.tolist(),
+        },
+    )
+
+
+def _coldest(key: Key[Array, ""], target: LocalPosterior, params: Params, data: Batch, progress: bool) -> float:
+    """Choose the coldest rung: twice LLC / eps, with the LLC of a short run at nbeta = 1 / eps."""
+    check_target(target, params, data)
+    init_loss = float(target.loss_fn(params, data))
+    draws = sample(
+        key,
+        HMC(target, 0.1),
+        params,
+        FullBatch(data),
+        num_chains=4,
+        num_warmup=200,
+        num_draws=50,
+        mesh=chain_mesh(4),
+        progress=progress,
+    )
+    energy = float(target.nbeta) * (float(draws.loss[draws.is_finite].mean()) - init_loss)
+    return 2 * max(1.0, energy) * float(target.nbeta)
+
+
+_MAX_GAP, _MAX_SADDLE_GAP, _MIN_EXCHANGE = 2.0, 1.0, 0.05
+
+
+def gaussian_volume(
+    key: Key[Array, ""], loss_fn: LossFn, params: Params, data: Batch, thresholds: Any, *, base: Base
+) -> VolumeEstimate:
+    """Compute the mass of {g.(w - w*) + (w - w*) H (w - w*) / 2 <= eps} under a Gaussian base, wherever its center.
+
+    g and H are gradient and Hessian of the loss at params; negative curvatures are counted as flat. Along flat directions the
+    gradient still has its say. Costs as many Hessian-vector products as there are weights, and is exact for a quadratic loss.
+
+    >>> found = gaussian_volume(jax.random.key(0), lambda w, batch: jnp.sum(w), jnp.zeros(4), None, [2.0],
+    ...                         base=Gaussian(0.0, 1.0))  # a half space: log Phi(1)
+    >>> found.log_volume.round(3).tolist()
+    [-0.173]
+    """
+    check_key(key)
+    thresholds = check_thresholds(thresholds)
+    check_target(LocalPosterior(loss_fn, params, 1.0, base), params, data)
+    if not isinstance(base, Gaussian):
+        raise InputError(f"method='gaussian' is about a Gaussian base measure, not a {type(base).__name__}: give a Gaussian")
+    if dimension(params) > DENSE_LIMIT:
+        raise InputError(
+            f"method='gaussian' decomposes the Hessian of at most {DENSE_LIMIT} weights, but params has {dimension(params)}: "
+            "estimate_spectrum(...).log_volume approximates it"
+        )
+    init_loss, gradient = jax.value_and_grad(loss_fn)(params, data)
+    hessian, rounding = dense_hessian(loss_fn, params, data)
+    scale, slope = _flat(base.scale, params), _flat(gradient, params)
+    values, vectors = np.linalg.eigh(scale[:, None] * hessian * scale)
+    # In whitened coordinates y = (w - base center) / scale: standard normal along every eigenvector.
+    offset = vectors.T @ ((_flat(base.center, params) - _flat(params, params)) / scale)
+    slopes = vectors.T @ (scale * slope)
+    limit = max(np.abs(values).max() * _FLAT, rounding * scale.max() ** 2)
+    curved = values > limit
+    flat_slopes, bends = slopes[~curved], values[curved]
+    shifts = offset[curved] + slopes[curved] / bends
+    lowered = np.sum(slopes[curved] ** 2 / bends) / 2
+    log_volume = log_ellipsoid_mass(
+        thresholds + lowered - flat_slopes @ offset[~curved],
+        bends / 2,
+        np.ones(len(bends)),
+        shifts**2,
+        float(np.linalg.norm(flat_slopes)),
+    )
+    warnings = rounding_warnings(thresholds, float(init_loss))
+    num_negative = int(np.sum(values < -limit))
+    if num_negative:
+        warnings.append(
+            f"{num_negative} of {len(values)} curvatures are negative, down to {values.min():.2g} in units of the base "
+            "measure: params is no minimum, and the volume counts those directions as flat; train on, or use method='subset'"
+        )
+    if not curved.all():
+        warnings.append(
+            f"{int(np.sum(~curved))} of {len(values)} directions have no positive curvature, and only the base measure bounds "
+            "them here: if the loss bends there at higher order, the volume is smaller; compare with method='subset'"
+        )
+    return VolumeEstimate(
+        thresholds,
+        log_volume,
+        np.zeros(len(thresholds)),
+        "the Gaussian approximation",
+        "the ellipsoid that gradient and Hessian at params predict, whatever the loss is farther away",
+        DO_NOT_TRUST if num_negative else OK,
+        tuple(warnings),
+        {"rank": int(curved.sum()), "gradient_norm": float(np.linalg.norm(slope)), "predicted_descent": float(lowered)},
+    )
+
+
+class Reference(NamedTuple):
+    """Inputs, and the log probabilities of a network's answers to them."""
+
+    inputs: Array
+    log_probabilities: Float[Array, "*example class"]
+
+
+def behavioral_kl(
+    apply: Callable[[Params, Any], Float[Array, "*example class"]], params: Params, inputs: Any
+) -> tuple[LossFn, Reference]:
+    """Make the loss that asks for the behavior of a trained network: mean KL(its soft outputs || those of other weights).
+
+    The trained weights are an exact minimum of it, of loss 0, whatever they were trained on.
+
+    Args:
+        apply: `(params, inputs) -> logits`, with classes along the last axis.
+        params: the trained weights.
+        inputs: with a leading example axis.
+
+    Returns:
+        The loss and its data, for the arguments of these names.
+
+    >>> loss_fn, data = behavioral_kl(lambda w, x: x * w, jnp.array([1.0, 2.0]), jnp.ones((3, 1)))
+    >>> float(loss_fn(jnp.array([1.0, 2.0]), data)), float(loss_fn(jnp.array([2.0, 1.0]), data)) > 0.1
+    (0.0, True)
+    """
+    return _BehavioralKL(apply), Reference(inputs, jax.nn.log_softmax(apply(params, inputs)))
+
+
+@dataclass(frozen=True)
+class _BehavioralKL:
+    """Equal for equal `apply`, so that another network of the kind compiles nothing."""
+
+    apply: Callable[[Params, Any], Float[Array, "*example class"]]
+
+    def __call__(self, params: Params, batch: Reference) -> Float[Array, ""]:
+        found = jax.nn.log_softmax(self.apply(params, batch.inputs))
+        return jnp.mean(jnp.sum(jnp.exp(batch.log_probabilities) * (batch.log_probabilities - found), axis=-1))
+
+
+_FLAT = 1e-10
+"""Curvatures below this part of the largest are rounding of a float64 decomposition."""
+
+
+def _flat(value: PyTree[Real], params: Params) -> Float[np.ndarray, " i"]:
+    wide = jax.tree.map(lambda p, x: jnp.broadcast_to(jnp.asarray(x), p.shape).ravel(), params, broadcast(value, params))
+    return np.asarray(ravel_pytree(wide)[0], np.float64)

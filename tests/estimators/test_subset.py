@@ -1,0 +1,218 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from slt_interp import analytic
+from slt_interp.analytic.products import Product
+from slt_interp.bases import Ball, Box, FloatGrid, Gaussian
+from slt_interp.errors import InputError
+from slt_interp.estimators.subset import subset_simulation
+from slt_interp.estimators.walks import Particle, Reflective
+from slt_interp.posterior import LocalPosterior
+
+THRESHOLDS = [1e-4, 1e-3, 1e-2, 1e-1]
+QUIET = {"progress": False}
+SINGULAR = Product((1, 1), (1, 1))
+
+
+def half_square(w, batch):
+    return 0.5 * jnp.sum(w**2)
+
+
+def slope(w, batch):
+    return jnp.sum(w)
+
+
+def agrees(found, exact):
+    return np.all(np.abs(found.log_volume - exact) < 4 * found.std_error)
+
+
+@pytest.mark.parametrize(
+    ("base", "level", "law"),
+    [
+        # The projection on (1, 1, 1) is N(0, 1) off-center, cut at the level.
+        (Gaussian(0.5, jnp.array([1.0, 2.0, 0.5])), 0.3, stats.norm(1.5, np.sqrt(5.25))),
+        # The sum of three uniforms, by Irwin and Hall.
+        pytest.param(Box(0.0, 1.0), 1.2, stats.irwinhall(3), marks=pytest.mark.slow),
+        # One coordinate of a ball in three dimensions is a beta variable.
+        pytest.param(Ball(0.0, 1.0), 0.4, stats.beta(2, 2, loc=-np.sqrt(3), scale=2 * np.sqrt(3)), marks=pytest.mark.slow),
+    ],
+    ids=["Gaussian", "Box", "Ball"],
+)
+def test_moves_leave_the_restricted_base_measure_as_it_is(base, level, law, key):
+    walk = Reflective(LocalPosterior(slope, jnp.zeros(3), 1.0, base))
+    draw_key, move_key = jax.random.split(key)
+    draws = jax.vmap(lambda k: walk.sample(k, None))(jax.random.split(draw_key, 4000))
+    keep = np.flatnonzero(np.asarray(draws.loss) <= level)
+    inside = Particle(draws.position[keep], draws.loss[keep])
+
+    @jax.jit
+    def move(particles, key):
+        keys = jax.random.split(key, len(keep))
+        return jax.vmap(lambda k, p: walk.move(k, p, level, 0.8, None))(keys, particles)
+
+    for k in jax.random.split(move_key, 3):
+        inside, free = move(inside, k)
+    losses = np.asarray(inside.loss)
+    assert losses.max() <= level
+    assert 0.1 < float(free.mean()) < 0.9
+    np.testing.assert_allclose(losses, np.asarray(inside.position).sum(axis=1), atol=1e-5)
+    # A Kolmogorov-Smirnov statistic beyond that of 4 standard errors of a normal: p = 6e-5.
+    assert stats.kstest(losses, lambda x: law.cdf(x) / law.cdf(level)).pvalue > 6e-5
+
+
+def test_a_trajectory_of_accepted_steps_runs_back_along_itself():
+    walk = Reflective(LocalPosterior(half_square, jnp.zeros(4), 1.0, Gaussian(0.2, 1.5)))
+    place, velocity = jnp.array([0.3, -0.2, 0.1, 0.4]), jnp.array([1.0, 0.5, -2.0, 0.7])
+    there, speed = walk._drift(place, velocity, 0.4)
+    back, last = walk._drift(there, -speed, 0.4)
+    np.testing.assert_allclose(back, place, atol=1e-6)
+    np.testing.assert_allclose(last, -velocity, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        analytic.quadratic([3.0, 1.0, 0.3]),
+        pytest.param(analytic.quadratic([1.0] * 10), marks=pytest.mark.slow, id="10 dimensions"),
+        pytest.param(analytic.hyperbola(in_box=True), marks=pytest.mark.slow, id="hyperbola"),
+    ],
+    ids=lambda problem: problem.name,
+)
+def test_volumes_are_exact_within_their_errors(problem, key):
+    found = subset_simulation(
+        key, problem.loss_fn, problem.center, None, THRESHOLDS, base=problem.base, num_particles=100, max_rounds=2, **QUIET
+    )
+    assert agrees(found, [problem.log_volume(t) for t in THRESHOLDS])
+    assert (found.status, found.warnings) == ("ok", ())
+    assert np.all(np.diff(found.log_volume) > 0)
+    assert np.all(np.diff(found.per_seed, axis=1) > 0)
+    assert np.all((found.std_error > 0) & (found.std_error < 0.5))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "problem",
+    [
+        analytic.monomial([1, 1], in_box=True),
+        analytic.monomial([1, 1, 1], in_box=True),
+        analytic.power_sum([1, 2]),
+        analytic.ring(),
+        analytic.double_well(),
+        analytic.sum_of_products([Product((2, 2), (1, 1))], name="crossing planes"),
+        analytic.sum_of_products([SINGULAR] * 10, key=jax.random.key(1), name="10 singular blocks"),
+        analytic.sum_of_products([SINGULAR] * 10 + [Product((1,), (1,), 0.5)] * 20, name="10 singular blocks and 20 regular"),
+    ],
+    ids=lambda problem: problem.name,
+)
+def test_volumes_are_as_accurate_as_promised(problem, key):
+    found = subset_simulation(key, problem.loss_fn, problem.center, None, THRESHOLDS, base=problem.base, **QUIET)
+    exact = np.array([problem.log_volume(t) for t in THRESHOLDS])
+    assert agrees(found, exact)
+    assert np.all(found.std_error < np.maximum(0.1, 0.01 * np.abs(exact)))
+
+
+@pytest.mark.parametrize("base", [Gaussian(0.7, 2.0), Box(-1.0, 3.0), Ball(0.3, 1.0)])
+def test_everything_has_volume_one(base, key):
+    found = subset_simulation(key, half_square, jnp.zeros(2), None, [1e6], base=base, num_particles=20, max_rounds=1, **QUIET)
+    assert abs(found.log_volume[0]) < 1e-3
+    assert found.bits is None
+
+
+def test_labels_split_the_volume_between_two_wells(key):
+    problem = analytic.double_well()
+
+    def left_or_right(w):
+        return jnp.where(w[0] > 0, 1, 0)
+
+    found = subset_simulation(
+        key, problem.loss_fn, problem.center, None, [0.3], base=problem.base, labels=left_or_right, max_rounds=1, **QUIET
+    )
+    assert set(found.by_label) == {0, 1}
+    half = problem.log_volume(0.3) - np.log(2)
+    for value, error in found.by_label.values():
+        assert abs(value[0] - half) < 4 * error[0]
+    np.testing.assert_allclose(np.logaddexp(*(value for value, _ in found.by_label.values())), found.log_volume, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("center", "radius"), [([0.3], 0.5), ([0.3, -0.2], 0.1)])
+def test_float_grid_counts_what_brute_force_counts(center, radius, key):
+    center = np.float32(center)
+
+    def steep(w, batch):
+        return jnp.sum(jnp.abs(w - center) ** 0.5)
+
+    thresholds = np.array([0.05, 0.1, 0.3])
+    every = np.arange(2**16).astype(np.uint16).view(np.float16)
+    numbers = np.unique(every[np.isfinite(every)].astype(np.float32))
+    near = [np.sqrt(np.abs(numbers[np.abs(numbers - c) <= radius] - c)) for c in center]
+    losses = near[0] if len(near) == 1 else np.add.outer(*near)
+    counts = [np.sum(losses <= threshold) for threshold in thresholds]
+    base = FloatGrid("float16", radius)
+    found = subset_simulation(
+        key, steep, jnp.array(center), None, thresholds, base=base, num_particles=60, max_rounds=1, **QUIET
+    )
+    assert base.log_total(jnp.array(center)) == pytest.approx(np.log(losses.size))
+    assert agrees(found, np.log(counts))
+    np.testing.assert_allclose(found.bits, found.log_volume / np.log(2))
+    assert "number of configurations" in str(found)
+
+
+@pytest.mark.slow
+def test_threshold_below_the_lowest_loss_is_refused_and_says_so(key):
+    found = subset_simulation(
+        key,
+        lambda w, batch: jnp.where(jnp.all(w == 0), 0.0, jnp.maximum(half_square(w, batch), 0.1)),
+        jnp.zeros(2),
+        None,
+        [0.05, 0.5],
+        base=Gaussian(0.0, 1.0),
+        num_particles=100,
+        max_rounds=1,
+        **QUIET,
+    )
+    assert found.status == "refused"
+    assert np.isnan(found.log_volume).tolist() == [True, False]
+    assert abs(found.log_volume[1] - np.log(1 - np.exp(-0.5))) < 4 * found.std_error[1]
+    assert "no seed could go below 0.1 above the loss at params" in found.warnings[0]
+
+
+@pytest.mark.slow
+def test_moves_too_few_and_short_are_found_out(key):
+    problem = analytic.quadratic([1.0] * 30)
+    found = subset_simulation(
+        key,
+        problem.loss_fn,
+        problem.center,
+        None,
+        [1e-1],
+        base=problem.base,
+        num_particles=30,
+        num_moves=1,
+        max_rounds=1,
+        **QUIET,
+    )
+    assert found.log_volume[0] < problem.log_volume(1e-1) or np.isnan(found.log_volume[0])
+    assert found.status != "ok"
+    assert "num_moves" in found.warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"thresholds": [0.1, 0.01]}, r"thresholds must be a list of positive increasing numbers.* \[0.1, 0.01\]"),
+        ({"thresholds": [0.0, 0.1]}, "thresholds must be a list of positive"),
+        ({"num_seeds": 2}, "num_seeds must be at least 3, but is 2"),
+        ({"base": Box(1.0, 2.0)}, "params lie outside the base measure, a Box"),
+        ({"base": FloatGrid("float16", -1.0)}, "radius of a FloatGrid must not be negative"),
+        ({"base": FloatGrid("float32", 1.0), "params": jnp.zeros(2, jnp.float16)}, "cannot hold every float32"),
+    ],
+)
+def test_bad_input_is_one_sentence(change, message, key):
+    settings = {"params": jnp.zeros(2), "data": None, "thresholds": [0.1], "base": Gaussian(0.0, 1.0)} | change
+    with pytest.raises(InputError, match=message) as caught:
+        subset_simulation(key, half_square, **settings, **QUIET)
+    assert "\n" not in str(caught.value)

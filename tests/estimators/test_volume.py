@@ -1,0 +1,128 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from slt_interp import analytic
+from slt_interp.bases import Ball, Box, FloatGrid, Gaussian
+from slt_interp.errors import InputError
+from slt_interp.estimators.volume import behavioral_kl, estimate_volume
+from slt_interp.models.mlp import MLP
+from slt_interp.posterior import LocalPosterior, check_target
+
+
+def quadratic(w, batch):
+    return jnp.sum(w["b"]) + 0.5 * jnp.sum(jnp.array([4.0, 1.0]) * w["a"] ** 2)
+
+
+PARAMS = {"a": jnp.array([0.3, -0.2]), "b": jnp.zeros(1)}
+
+
+def test_gaussian_counts_gradient_and_off_center_base_exactly(key):
+    base = Gaussian({"a": 0.4, "b": -0.1}, {"a": jnp.array([1.0, 2.0]), "b": 0.3})
+    thresholds = [0.1, 0.5, 2.0]
+    found = estimate_volume(key, quadratic, PARAMS, None, thresholds, base=base, method="gaussian")
+    rng = np.random.default_rng(0)
+    a, b = 0.4 + np.array([1.0, 2.0]) * rng.normal(size=(1_000_000, 2)), -0.1 + 0.3 * rng.normal(size=1_000_000)
+    excess = b + 0.5 * (a**2 @ [4.0, 1.0]) - float(quadratic(PARAMS, None))
+    shares = np.array([(excess <= threshold).mean() for threshold in thresholds])
+    assert np.all(np.abs(np.exp(found.log_volume) - shares) < 4 * np.sqrt(shares * (1 - shares) / 1e6))
+    assert np.all(found.std_error == 0)
+    assert "1 of 3 directions have no positive curvature" in found.warnings[0]
+
+
+def test_gaussian_at_a_saddle_is_not_trusted(key):
+    found = estimate_volume(
+        key, lambda w, batch: w[0] ** 2 - w[1] ** 2, jnp.zeros(2), None, [0.1], base=Gaussian(0.0, 1.0), method="gaussian"
+    )
+    assert found.log_volume[0] == pytest.approx(stats.chi2(1).logcdf(0.1), rel=1e-6)
+    assert found.status == "do not trust"
+    assert "1 of 2 curvatures are negative" in found.warnings[0]
+
+
+@pytest.mark.parametrize("method", ["rays", "gaussian"])
+def test_methods_agree_on_a_regular_problem(method, key):
+    problem = analytic.quadratic([3.0, 1.0, 0.3])
+    found = estimate_volume(key, problem.loss_fn, problem.center, None, [1e-3, 1e-2], base=problem.base, method=method)
+    np.testing.assert_allclose(found.log_volume, [problem.log_volume(t) for t in (1e-3, 1e-2)], atol=1e-3)
+
+
+@pytest.mark.slow
+def test_tempering_counts_crossing_lines_exactly(key):
+    problem = analytic.monomial([1, 1])
+    thresholds = [1e-3, 1e-2, 1e-1]
+    found = estimate_volume(key, problem.loss_fn, problem.center, None, thresholds, base=problem.base, progress=False)
+    exact = np.array([problem.log_volume(threshold) for threshold in thresholds])
+    assert found.status == "ok", found
+    assert np.all(np.abs(found.log_volume - exact) < 4 * found.std_error)
+    # The coldest rung lies below the smallest threshold, and not far.
+    assert 1 / thresholds[0] < found.diagnostics["max_nbeta"] < 10 / thresholds[0]
+
+
+def test_result_reads_like_a_sentence(key):
+    found = estimate_volume(key, quadratic, PARAMS, None, [0.1, 0.5], base=Gaussian(0.0, 1.0), method="gaussian")
+    text = str(found)
+    assert text.startswith("log volume by the Gaussian approximation, of the ellipsoid that gradient and Hessian")
+    assert "at 0.1," in text
+    assert text.splitlines()[0].endswith(": ok")
+
+
+def test_behavioral_kl_is_zero_at_the_network_and_positive_elsewhere(key):
+    network = MLP((3, 5, 4))
+    params = network.init(key)
+    inputs = jax.random.normal(jax.random.key(1), (20, 3))
+    loss_fn, data = behavioral_kl(network.apply, params, inputs)
+    value, gradient = jax.value_and_grad(loss_fn)(params, data)
+    assert float(value) == 0
+    assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(gradient)) < 1e-6
+    other = jax.tree.map(lambda x: x + 0.3, params)
+    p, q = (jax.nn.softmax(network.apply(w, inputs)) for w in (params, other))
+    assert float(loss_fn(other, data)) == pytest.approx(float(np.mean(stats.entropy(p, q, axis=1))), rel=1e-4)
+    again, _ = behavioral_kl(network.apply, other, inputs)
+    assert (again, hash(again)) == (loss_fn, hash(loss_fn))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["tempering", "subset"])
+def test_error_rate_without_gradient_can_be_the_loss(method, key):
+    def error_rate(w, batch):
+        return jnp.mean((batch @ w <= 0).astype(jnp.float32))
+
+    # Angles of the inputs -60 to 60 degrees: all are right for w within 30 degrees of the first axis, one sixth of the plane.
+    angles = jnp.deg2rad(jnp.linspace(-60.0, 60.0, 13))
+    inputs = jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=1)
+    settings = {"base": Gaussian(0.0, 1.0), "method": method, "progress": False}
+    found = estimate_volume(key, error_rate, jnp.array([1.0, 0.0]), inputs, [0.01], **settings)
+    assert abs(found.log_volume[0] + np.log(6)) < 4 * found.std_error[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "magic"}, "method must be 'tempering', 'subset', 'rays' or 'gaussian', but is 'magic'"),
+        ({"method": "rays", "base": FloatGrid("float16", 1.0)}, "only method='subset' does, but method is 'rays'"),
+        ({"method": "rays", "labels": jnp.sum}, "labels split the particles of method='subset', but method is 'rays'"),
+        ({"method": "gaussian", "base": Ball(0.0, 1.0)}, "is about a Gaussian base measure, not a Ball"),
+        ({"method": "gaussian", "base": Box(1.0, 2.0)}, "params lie outside the base measure"),
+        ({"method": "gaussian", "thresholds": [0.2, 0.1]}, "thresholds must be a list of positive increasing numbers"),
+        ({"method": "gaussian", "params": jnp.zeros(2001)}, "at most 2000 weights, but params has 2001"),
+    ],
+)
+def test_bad_input_is_one_sentence(settings, message, key):
+    arguments = {"params": jnp.zeros(2), "thresholds": [0.1], "base": Gaussian(0.0, 1.0)} | settings
+    with pytest.raises(InputError, match=message) as caught:
+        estimate_volume(key, lambda w, batch: jnp.sum(w**2), data=None, **arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_thresholds_within_rounding_of_the_loss_are_named(key):
+    found = estimate_volume(
+        key, lambda w, batch: 10 + jnp.sum(w**2), jnp.zeros(2), None, [1e-6], base=Gaussian(0.0, 1.0), method="gaussian"
+    )
+    assert "within rounding of the loss at params, 10" in found.warnings[0]
+
+
+def test_float_grid_is_no_base_of_a_posterior():
+    with pytest.raises(InputError, match="counts numbers and has no density"):
+        check_target(LocalPosterior(quadratic, PARAMS, 1.0, FloatGrid("float16", 1.0)), PARAMS, None)
