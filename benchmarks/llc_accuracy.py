@@ -71,6 +71,8 @@ def main(config: Config, out: Path) -> RunDirectory:
             print(f"{i + 1} of {len(names)}: {name}", file=sys.stderr, flush=True)
             found, _ = run.stage(f"problem {i + 1}", partial(_measure, config, problems[name], peer))
             rows += found["rows"]
+            # Compiled programs pile up, a dozen a problem, until the process has no memory maps left for more.
+            jax.clear_caches()
     hard: list[dict[str, Any]] = []
     for i, case in enumerate(() if config.problems else hard_cases()):
         print(f"hard case {i + 1}: {case.problem.name}", file=sys.stderr, flush=True)

@@ -97,13 +97,9 @@ def test_volumes_are_exact_within_their_errors(problem, key):
     "problem",
     [
         analytic.monomial([1, 1], in_box=True),
-        analytic.monomial([1, 1, 1], in_box=True),
-        analytic.power_sum([1, 2]),
-        analytic.ring(),
+        analytic.power_sum([1, 2], in_box=True),
         analytic.double_well(),
-        analytic.sum_of_products([Product((2, 2), (1, 1))], name="crossing planes"),
         analytic.sum_of_products([SINGULAR] * 10, key=jax.random.key(1), name="10 singular blocks"),
-        analytic.sum_of_products([SINGULAR] * 10 + [Product((1,), (1,), 0.5)] * 20, name="10 singular blocks and 20 regular"),
     ],
     ids=lambda problem: problem.name,
 )

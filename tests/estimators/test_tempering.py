@@ -64,7 +64,7 @@ def test_saddle_point_is_good_to_its_next_term(crossing):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["quadratic in 10 dimensions", "crossing planes, |u|^2 |v|^2", "monomial w1^4"])
+@pytest.mark.parametrize("name", ["quadratic in 10 dimensions", "crossing planes, |u|^2 |v|^2"])
 def test_volumes_of_other_problems_are_exact(name):
     problem, ladder = _temper(name, max_nbeta=1e4)
     found = ladder.log_volume(EPS)
