@@ -174,7 +174,9 @@ def dense_hessian(loss_fn: LossFn, params: Params, data: Batch) -> tuple[Float[n
         # The loss insists on its own precision, as a scan with a float32 carry does.
         matrix = _matrix(loss_fn, params, data)
     # Rounding makes the matrix unsymmetric, and by as much eigenvalues may be off: a loss that casts to float32 shows here.
-    return 0.5 * (matrix + matrix.T), float(np.linalg.norm(matrix - matrix.T))
+    # Where it is infinite the caller says so.
+    with np.errstate(invalid="ignore"):
+        return 0.5 * (matrix + matrix.T), float(np.linalg.norm(matrix - matrix.T))
 
 
 def _dense(loss_fn: LossFn, params: Params, data: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -3,9 +3,10 @@
 1. Localization from a window: weak enough not to take from the estimate, strong enough to stay near the weights.
 2. On full batches Hamiltonian Monte Carlo, whose metric is learned by all chains together; on minibatches SGLD with a
    control variate, run again at half the step size.
-3. Rounds, each of which doubles the run, until the error bar is small and no check fails, or the budget is spent; where checks
-   still fail at the first look after a fifth of it, trajectories four times as long, which move along thin arms of a singular
-   set. Burn-in is the shortest of three parts of the run after which nothing drifts.
+3. Rounds, each of which doubles the run, until the error bar is small and no check fails, or the budget is spent. Where checks
+   still fail at the first look after a fifth of it, a ladder of nbeta, whose draws enter thin arms of a singular set from the
+   base measure, or trajectories four times as long where the ladder would have too many rungs.
+   Burn-in is the shortest of three parts of the run after which nothing drifts.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Key, PyTree
+from jaxtyping import Array, Key, PyTree
 
 from slt_interp.bases import BASES
 from slt_interp.curvature.spectrum import Spectrum, estimate_spectrum
@@ -28,8 +29,9 @@ from slt_interp.estimators.calibration import (
     resolved_localization_effect,
     settled_step_size,
 )
-from slt_interp.estimators.llc import DO_NOT_TRUST, OK, LLCEstimate, keep_energy, llc, mean_loss
-from slt_interp.estimators.rungs import MAX_WHITENED, Families, place_rungs, top_rung
+from slt_interp.estimators.llc import DO_NOT_TRUST, LLCEstimate, mean_loss
+from slt_interp.estimators.rounds import FIRST_ROUND, in_rounds, ladder_in_rounds
+from slt_interp.estimators.rungs import MAX_WHITENED, Families
 from slt_interp.posterior import LocalPosterior, LossFn, check_target
 from slt_interp.samplers.chains import chain_mesh, sample
 from slt_interp.samplers.draws import Draws, keep_nothing
@@ -69,7 +71,7 @@ def estimate_llc(
             HMC on all of them, with a metric that all chains learn together; beyond that SGLD on 512 at random, with a
             control variate, at two step sizes.
         mask: which coordinates are sampled; see `LocalPosterior`.
-        num_chains: independent chains.
+        num_chains: independent chains; a ladder takes an even number, half of them from draws of the base measure.
         precision: standard error to reach, as a part of the estimate; above twice the default it is not called ok.
         max_gradients: gradients per chain at most, warm-up and the metric included; pilots that measure a kernel's cost or
             choose SGLD's step, and curvature, are not. By default 200,000 for at most 512 weights, and 20,000 for more.
@@ -118,7 +120,7 @@ def estimate_llc(
     is_full = is_small or (chosen is not None and chosen.full_batch)
     batches = FullBatch(data) if is_full else Minibatches(data, _BATCH_SIZE)
     run = partial(sample, params=params, batches=batches, num_chains=num_chains, mesh=chain_mesh(num_chains), progress=progress)
-    rounds = partial(_in_rounds, init_loss=init_loss, precision=precision, is_full=is_full)
+    rounds = partial(in_rounds, init_loss=init_loss, precision=precision, is_full=is_full)
     if chosen is not None:
         per_step = 1.0
         if chosen.full_batch:
@@ -171,11 +173,9 @@ _PATIENCE = 5
 _SCATTER_PER_RUNG, _MORE_RUNGS = 1 / 1.4, 4
 """A ladder has a rung for so many standard deviations of nbeta L, and a few more."""
 
-_MIN_LADDER_DRAWS, _BURNIN_PER_RUNG = 1500, 4
+_MIN_LADDER_DRAWS = 1500
 
 _PILOT_STEPS = 20
-_FIRST_ROUND = 100
-_MAX_DRAWS = 2500
 
 _ERROR_LIMIT = 0.02
 _STEP_BIAS_LIMIT = 0.03
@@ -201,50 +201,23 @@ def _by_hmc(
     kernel, slope = _learn_metric(partial(run, keys["pilot"]), target, families.data, learning)
     spent = learning * _NUM_LEAPFROG
     steps, patience = (budget - spent) // _NUM_LEAPFROG, budget // _PATIENCE // _NUM_LEAPFROG
-    can_turn = budget >= 2 * _LONG_LEAPFROG * _FIRST_ROUND
+    can_turn = budget >= 2 * _LONG_LEAPFROG * FIRST_ROUND
     estimate, draws = rounds(run, keys["chains"], kernel=kernel, steps=steps, patience=patience, gives_up=can_turn)
     spent += estimate.diagnostics["gradients_per_chain"]
     # Where the loss falls away from the center nothing helps.
     if can_turn and estimate.status == DO_NOT_TRUST and estimate.llc > 0:
-        rungs = _SCATTER_PER_RUNG * np.sqrt(estimate.llc) * np.log(max(np.e, estimate.nbeta)) + _MORE_RUNGS
+        rungs, found = _SCATTER_PER_RUNG * np.sqrt(estimate.llc) * np.log(max(np.e, estimate.nbeta)) + _MORE_RUNGS, None
         if families.num_chains > 1 and (budget - spent) / _NUM_LEAPFROG / rungs >= _MIN_LADDER_DRAWS:
-            kernel, estimate, draws, more = _by_ladder(
-                keys["long"], target, families, estimate.init_loss, budget - spent, precision
-            )
+            found, more = ladder_in_rounds(keys["long"], target, families, estimate.init_loss, budget - spent, precision)
             spent += more
-        elif (left := int((budget - spent) / _LONG_LEAPFROG)) >= _FIRST_ROUND:
+        if found is not None:
+            kernel, estimate, draws = found
+        elif (left := int((budget - spent) / _LONG_LEAPFROG)) >= FIRST_ROUND:
             kernel = replace(kernel, num_leapfrog=_LONG_LEAPFROG)
             estimate, draws = rounds(run, keys["long"], kernel=kernel, steps=left, patience=0)
             spent += estimate.diagnostics["gradients_per_chain"]
     estimate.diagnostics["gradients_per_chain"] = spent
     return kernel, estimate, draws, slope
-
-
-def _by_ladder(
-    key: Key[Array, ""],
-    target: LocalPosterior,
-    families: Families,
-    init_loss: float,
-    budget: float,
-    precision: float,
-) -> tuple[HMC, LLCEstimate, Draws, float]:
-    """Read the coldest rung of a ladder whose lowest one is the base measure, from two families of chains."""
-    place_key, run_key = jax.random.split(key)
-    kernel, spent = place_rungs(place_key, replace(target, localization=target.base), families)
-    rungs = np.size(kernel.target.nbeta)
-    last = max(1, int((budget - spent) / (_NUM_LEAPFROG * rungs)) - _BURNIN_PER_RUNG * rungs)
-    num_draws, runs = _FIRST_ROUND, None
-    while True:
-        num_draws = min(num_draws, last)
-        runs = families.run(run_key, kernel, num_draws=num_draws, num_burnin=_BURNIN_PER_RUNG * rungs, previous=runs)
-        settled, estimate = _without_burnin(*top_rung(runs, kernel, target), init_loss=init_loss)
-        is_precise = estimate.std_error <= precision * abs(estimate.llc)
-        if num_draws == last or (is_precise and estimate.status == OK):
-            break
-        num_draws *= 2
-    spent += estimate.diagnostics["gradients_per_chain"]
-    estimate.diagnostics["num_rungs"] = rungs
-    return kernel.kernel, estimate, settled, spent
 
 
 def _learn_metric(run: Callable[..., Draws], target: LocalPosterior, data: Batch, num_steps: int) -> tuple[HMC, float]:
@@ -290,69 +263,6 @@ def _keep_gradient(state: MetropolisState, info: Info) -> Params:
 @jax.jit
 def _gradient(target: LocalPosterior, params: Params, data: Batch) -> Params:
     return target.value_and_grad(params, data)[1]
-
-
-def _in_rounds(
-    run: Callable[..., Draws],
-    key: Key[Array, ""],
-    *,
-    kernel: Kernel,
-    steps: int,
-    init_loss: float,
-    precision: float,
-    is_full: bool,
-    num_warmup: int = 0,
-    patience: int | None = None,
-    gives_up: bool = False,
-) -> tuple[LLCEstimate, Draws]:
-    """Double the run until its error bar is small and no check fails, or `steps` are made, warm-up included.
-
-    After `patience` steps flat directions may stay as they are, and if it `gives_up` a run that fails a check ends.
-    """
-    steps = max(1, steps - num_warmup)
-    thinning = -(-steps // _MAX_DRAWS)
-    last, num_draws, draws = max(1, steps // thinning), _FIRST_ROUND, None
-    collect = keep_energy(kernel.target) if is_full else keep_nothing
-    while True:
-        num_draws = min(num_draws, last)
-        draws = run(
-            key,
-            kernel,
-            num_draws=num_draws,
-            num_warmup=num_warmup,
-            thinning=thinning,
-            collect=collect,
-            chunk_size=min(_FIRST_ROUND, last) // 2 or 1,
-            previous=draws,
-        )
-        settled, estimate = _without_burnin(draws, init_loss=init_loss)
-        error = estimate.std_error
-        is_late = patience is not None and draws.num_steps >= patience
-        is_precise = error <= precision * abs(estimate.llc)
-        if num_draws == last or (is_precise and estimate.status == OK):
-            break
-        if is_late and (gives_up if estimate.status == DO_NOT_TRUST else is_precise):
-            break
-        num_draws *= 2
-    return estimate, settled
-
-
-def _without_burnin(
-    draws: Draws, is_from_base: Bool[np.ndarray, " chain"] | None = None, *, init_loss: float
-) -> tuple[Draws, LLCEstimate]:
-    """Drop the shortest of three parts of a run after which its halves agree."""
-    for part in (8, 4, 2):
-        cut = draws.loss.shape[1] // part
-        settled = replace(
-            draws,
-            info=jax.tree.map(lambda x, cut=cut: x[:, cut:], draws.info),
-            collected=jax.tree.map(lambda x, cut=cut: x[:, cut:], draws.collected),
-            num_burnin=draws.num_burnin + cut * draws.thinning,
-        )
-        estimate = llc(settled, init_loss, is_from_base=is_from_base)
-        if abs(estimate.diagnostics["drift"]) <= 2 * estimate.diagnostics["drift_std_error"]:
-            break
-    return settled, estimate
 
 
 def _slope_note(slope: float, estimate: LLCEstimate) -> list[str]:

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 
 from slt_interp.bases import Base
 from slt_interp.errors import InputError
-from slt_interp.estimators.llc import DO_NOT_TRUST, OK
+from slt_interp.estimators.llc import DO_NOT_TRUST, OK, family_limit
 from slt_interp.estimators.reweighting import Reweighting
 from slt_interp.estimators.rungs import MIN_EXCHANGE
 from slt_interp.samplers.diagnostics import std_error
@@ -128,7 +128,7 @@ class Ladder:
                 f"{self.exchange[worst]:.2g} only, as at a first-order transition: narrow the base measure, or end below it"
             )
         gaps = self._family_gaps
-        far = np.flatnonzero(np.abs(gaps[0]) > np.maximum(_GAP_ERRORS * gaps[1], _GAP))
+        far = np.flatnonzero(~(np.abs(gaps[0]) <= np.maximum(family_limit(len(self.is_from_base)) * gaps[1], _GAP)))
         if len(far):
             found.append(
                 f"chains from the base and from the weights disagree in log Z from nbeta {self.nbetas[far[0]]:.3g} on, by "
@@ -181,18 +181,21 @@ class Ladder:
         if not (np.all(thresholds > 0) and np.all(np.diff(thresholds) > 0)):
             raise InputError(f"thresholds must be positive and increasing, nats above the loss at params, but are {thresholds}")
         values = []
+        if not self.reaches(thresholds[0]):
+            raise InputError(
+                f"hardly a draw at nbeta {self.nbetas[-1]:.4g} lies below the threshold {thresholds[0]:.3g}: raise max_nbeta"
+            )
         for threshold in thresholds + self.init_loss - self.lowest_loss:
             inside = self._losses <= threshold
-            if inside[-1].mean() < _MIN_SHARE:
-                raise InputError(
-                    f"only {inside[-1].mean():.0%} of the draws at nbeta {self.nbetas[-1]:.4g} lie below the threshold "
-                    f"{threshold + self.lowest_loss - self.init_loss:.3g}: raise max_nbeta"
-                )
             volume, error = self._pooled.log_mass(inside)
             pair = [family.log_mass(inside[:, members])[0] for family, members in self._families]
             gap = abs(pair[0] - pair[1])
             values.append((volume, max(error, gap / 2), gap, self._saddle_point(threshold)))
         return LogVolume(thresholds, *np.array(values).T)
+
+    def reaches(self, threshold: float) -> bool:
+        """Whether enough of the coldest rung's draws lie below a threshold, nats above the loss at the weights."""
+        return float(np.mean(self.loss[-1] <= self.init_loss + threshold)) >= _MIN_SHARE
 
     def draws(self, rung: int) -> Params:
         """Take the weights at one rung, (chain, draw, ...), as probes want them.
@@ -246,5 +249,5 @@ class Ladder:
 _MIN_SHARE = 0.05
 """Of the coldest rung's draws so many must lie below a threshold."""
 
-_GAP, _GAP_ERRORS = 0.1, 3.0
+_GAP = 0.1
 _MAX_DROP = 0.1

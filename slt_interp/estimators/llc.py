@@ -157,6 +157,13 @@ def llc(
     )
 
 
+def family_limit(num_chains: int) -> float:
+    """So many standard errors between two families, known from `num_chains` chains, are as rare as 3 of a normal."""
+    from scipy.stats import norm, t
+
+    return float(t.isf(norm.sf(3), max(1, num_chains - 2)))
+
+
 class Energy(NamedTuple):
     """Loss and squared distance from the center of a state itself, where `Info` has averages over trajectories."""
 
@@ -247,7 +254,8 @@ def _judge(estimate: dict[str, float], diagnostics: dict[str, Any]) -> tuple[lis
     is_known, has_families = not np.isnan(virial), "family_difference" in diagnostics
     if has_families:
         gap, gap_error = diagnostics["family_difference"], diagnostics["family_difference_std_error"]
-        if not abs(gap) <= max(3 * gap_error, _FAMILY_LIMIT * abs(llc)):
+        limit = family_limit(diagnostics["num_chains_used"])
+        if not abs(gap) <= max(limit * gap_error, _FAMILY_LIMIT * abs(llc)):
             severe.append(
                 f"chains from the base measure and from the center disagree, by {gap:.3g} +- {gap_error:.2g}: run longer, or "
                 "raise the localization"

@@ -8,6 +8,7 @@ settles the steps, and puts rungs between neighbors that hardly swap.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from slt_interp.data import Batch, FullBatch
+from slt_interp.errors import InputError
 from slt_interp.estimators.llc import Energy
 from slt_interp.posterior import LocalPosterior
 from slt_interp.samplers.chains import chain_mesh, choose_block_size, sample
@@ -28,6 +30,16 @@ from slt_interp.tree import Params, dimension
 
 MAX_WHITENED = 512
 """Above this dimension a metric has one number per coordinate: directions would cost more than gradients."""
+
+
+MIN_EXCHANGE = 0.15
+"""Neighbors that swap less often get a rung between them."""
+
+CHUNK = 50
+"""Draws between two looks of the host, and of a trial."""
+
+MIN_DRAWS = 300
+"""Fewer draws of a ladder than this are not worth finding it."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +64,7 @@ class Families:
         kernel: ReplicaExchange,
         *,
         previous: tuple[Draws, Draws] | None = None,
-        checkpoint: Any = None,
+        checkpoint: Path | None = None,
         **counts: Any,
     ) -> tuple[Draws, Draws]:
         """Run both families, or go on with `previous`; `counts` are those of `sample`."""
@@ -74,7 +86,7 @@ class Families:
                     progress=self.progress,
                     previous=None if previous is None else previous[i],
                     checkpoint=None if checkpoint is None else checkpoint / name,
-                    **({"collect": keep_rungs(kernel.target), "chunk_size": _CHUNK} | counts),
+                    **({"collect": keep_rungs(kernel.target), "chunk_size": CHUNK} | counts),
                 )
             )
         return runs[0], runs[1]
@@ -113,46 +125,53 @@ def top_rung(families: tuple[Draws, Draws], kernel: ReplicaExchange, target: Loc
 
 
 def place_rungs(
-    key: Key[Array, ""], target: LocalPosterior, families: Families, checkpoint: Any = None
-) -> tuple[ReplicaExchange, float]:
+    key: Key[Array, ""],
+    target: LocalPosterior,
+    families: Families,
+    checkpoint: Path | None = None,
+    max_gradients: float = np.inf,
+) -> tuple[ReplicaExchange | None, float]:
     """Place the rungs of a ladder up to the nbeta of `target`, with their metrics and steps.
 
+    Args:
+        key: typed PRNG key.
+        target: the coldest rung; its base measure is the lowest.
+        families: what runs.
+        checkpoint: a directory for resumption.
+        max_gradients: per chain, for the search and `MIN_DRAWS` draws on the ladder.
+
     Returns:
-        The kernel, and the gradients per chain that it took to find.
+        The kernel, or None if its rungs are too many for `max_gradients`, and the gradients per chain that were spent.
     """
     base_key, pilot_key, trial_key = jax.random.split(key, 3)
     top = float(np.asarray(target.nbeta))
-    first = _first_rung(base_key, target, families, top)
-    tripled = np.concatenate([[0.0], np.geomspace(first, top, 1 + max(1, int(np.ceil(np.log(top / first) / np.log(_GROWTH)))))])
+    first = min(_first_rung(base_key, target, families, top), top / _GROWTH)
+    tripled = np.concatenate([[0.0], np.geomspace(first, top, 1 + int(np.ceil(np.log(top / first) / np.log(_GROWTH) - 1e-6)))])
     pilot, spent = _pilot(pilot_key, target, families, tripled, checkpoint and checkpoint / "pilot")
     kernel = _kernel(target, pilot, _spaced(pilot, tripled))
+    count = np.size(kernel.target.nbeta)
+    if spent + kernel.kernel.num_leapfrog * count * (_NUM_TRIALS * (2 * count + CHUNK) + MIN_DRAWS) > max_gradients:
+        return None, spent
     for attempt in range(_NUM_TRIALS):
         nbetas = np.asarray(kernel.target.nbeta, np.float64)
         folder = checkpoint and checkpoint / f"trial-{attempt}"
         trial = families.run(
-            jax.random.fold_in(trial_key, attempt), kernel, num_burnin=2 * len(nbetas), num_draws=_CHUNK, checkpoint=folder
+            jax.random.fold_in(trial_key, attempt), kernel, num_burnin=2 * len(nbetas), num_draws=CHUNK, checkpoint=folder
         )
         spent += float(np.mean([draws.num_gradients.mean() for draws in trial]))
-        exchange = joined(trial, lambda draws: draws.collected.exchange).mean(axis=(0, 1))
-        rare = np.flatnonzero(exchange < MIN_EXCHANGE)
-        if len(rare) and attempt < _NUM_TRIALS - 1:
-            middle = np.where(nbetas[rare] > 0, np.sqrt(nbetas[rare] * nbetas[rare + 1]), nbetas[rare + 1] / 4)
-            kernel = _kernel(target, pilot, np.sort(np.concatenate([nbetas, middle])))
-            continue
         # Of what is rejected the square root goes with the step.
         rejected = 1 - joined(trial, lambda draws: draws.info.acceptance).mean(axis=(0, 1))
         factor = np.clip(np.sqrt(_REJECTED / np.maximum(rejected, 1e-6)), 0.5, 1.5)
         steps = jnp.minimum(1.0, kernel.step_size * jnp.asarray(factor, jnp.float32))
         kernel = replace(kernel, kernel=replace(kernel.kernel, step_size=steps))
+        exchange = joined(trial, lambda draws: draws.collected.exchange).mean(axis=(0, 1))
+        rare = np.flatnonzero(exchange < MIN_EXCHANGE)
+        if len(rare) and attempt < _NUM_TRIALS - 1:
+            middle = np.where(nbetas[rare] > 0, np.sqrt(nbetas[rare] * nbetas[rare + 1]), nbetas[rare + 1] / 4)
+            pilot = pilot._replace(nbetas=nbetas, scale=kernel.kernel.scale, step_size=steps)
+            kernel = _kernel(target, pilot, np.sort(np.concatenate([nbetas, middle])))
     return kernel, spent
 
-
-def _concatenated(families: tuple[Draws, Draws], select: Callable[[Draws], Any]) -> Any:
-    return jax.tree.map(lambda *x: np.concatenate(x), *map(select, families))
-
-
-MIN_EXCHANGE = 0.15
-"""Neighbors that swap less often get a rung between them."""
 
 _GROWTH = 3.0
 _SCATTER = 1.4
@@ -161,13 +180,15 @@ _SCATTER = 1.4
 _BASE_DRAWS, _FIRST_ESS = 1024, 0.3
 _PILOT_WARMUP = 100
 _NUM_TRIALS = 3
-_CHUNK = 50
-
 _REJECTED = 0.11
 """Rejected by `HMC.step` where whole steps reject 0.2: the half that are smaller reject 0.03."""
 
 _ALL = 2**10
 """More chains than are ever vectorized together on a CPU."""
+
+
+def _concatenated(families: tuple[Draws, Draws], select: Callable[[Draws], Any]) -> Any:
+    return jax.tree.map(lambda *x: np.concatenate(x), *map(select, families))
 
 
 class _Pilot(NamedTuple):
@@ -188,7 +209,12 @@ class _PilotReadings(NamedTuple):
 def _first_rung(key: Key[Array, ""], target: LocalPosterior, families: Families, top: float) -> float:
     """Find the nbeta at which draws of the base, reweighted, are worth 0.3 times their number."""
     losses = np.asarray(_base_losses(target, families.params, families.data, jax.random.split(key, _BASE_DRAWS)), np.float64)
-    losses = np.where(np.isnan(losses), np.inf, losses) - np.nanmin(losses)
+    losses = losses[np.isfinite(losses)]
+    if len(losses) < _BASE_DRAWS / 100:
+        raise InputError(
+            f"the loss is finite at {len(losses)} of {_BASE_DRAWS} draws of the base measure: narrow the base, or check loss_fn"
+        )
+    losses -= losses.min()
 
     def share(log_nbeta: float) -> float:
         weights = np.exp(-np.exp(log_nbeta) * losses)
@@ -213,7 +239,7 @@ def _base_losses(target: LocalPosterior, params: Params, data: Batch, keys: Key[
 
 
 def _pilot(
-    key: Key[Array, ""], target: LocalPosterior, families: Families, nbetas: np.ndarray, checkpoint: Any
+    key: Key[Array, ""], target: LocalPosterior, families: Families, nbetas: np.ndarray, checkpoint: Path | None
 ) -> tuple[_Pilot, float]:
     center = target.position(families.params)
     is_large = dimension(center) > MAX_WHITENED
@@ -225,7 +251,7 @@ def _pilot(
         key,
         kernel,
         num_warmup=_PILOT_WARMUP,
-        num_draws=_CHUNK,
+        num_draws=CHUNK,
         collect=jax.tree_util.Partial(_pilot_readings if is_large else _pilot_gradients, rungs),
         checkpoint=checkpoint,
     )
@@ -245,8 +271,10 @@ def _pilot(
         scale, allowed = jax.lax.map(lambda x: learned_metric(target, center, *x), (squares, gradients))
         if not jnp.any(jax.vmap(needs_directions)(scale)):
             scale, allowed = scale.scale, 1.0
+    # Of the base itself the loss may be infinite.
+    mean, variance = (np.concatenate([[np.nan], x]) for x in (loss[..., 1:].mean(axis=(0, 1)), loss[..., 1:].var(axis=(0, 1))))
     spent = float(np.mean([draws.num_gradients.mean() for draws in runs]))
-    return _Pilot(nbetas, scale, jnp.minimum(1.0, steps * allowed), loss.mean(axis=(0, 1)), loss.var(axis=(0, 1))), spent
+    return _Pilot(nbetas, scale, jnp.minimum(1.0, steps * allowed), mean, variance), spent
 
 
 def _pilot_readings(target: LocalPosterior, state: ExchangeState, info: Info) -> _PilotReadings:

@@ -200,7 +200,8 @@ def _descend(
             if not inside.any():
                 continue
             p, variance, independent = _fraction(inside, families[s])
-            found.log_volume[s, t] = total[0, s] + np.log(p) + variance / 2
+            # All of the base measure is known to be inside where all particles are.
+            found.log_volume[s, t] = total[0, s] + np.log(p) + (variance / 2 if p < 1 else 0.0)
             found.variance[s, t] = total[1, s] + variance
             found.independent[s, t] = total[2, s] + independent
             if names is not None:

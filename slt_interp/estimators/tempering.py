@@ -14,7 +14,6 @@ from slt_interp.bases import BASES, Base
 from slt_interp.data import Batch
 from slt_interp.errors import InputError
 from slt_interp.estimators.ladder import Ladder
-from slt_interp.estimators.llc import mean_loss
 from slt_interp.estimators.rungs import Families, joined, place_rungs
 from slt_interp.posterior import LocalPosterior, LossFn, check_target
 from slt_interp.samplers.exchange import keep_rungs, keep_rungs_and_params
@@ -37,7 +36,8 @@ def temper(
 ) -> Ladder:
     """Sample exp(-nbeta L) base(w) at rungs from nbeta = 0 to `max_nbeta`, by HMC with replica exchange on all data.
 
-    Costs about 8 gradients per chain, rung and step; a third as many steps as draws are made before any is kept.
+    Costs about 8 gradients per chain, rung and step: a pilot of 150 steps on fewer rungs, three trials of 50 steps and two more
+    for each rung, and then eight for each rung before any draw is kept.
 
     Args:
         key: typed PRNG key.
@@ -71,23 +71,27 @@ def temper(
         raise InputError(f"base must be a Gaussian, Box or Ball, but is {type(base).__name__}")
     if not (np.isfinite(max_nbeta) and max_nbeta > 0):
         raise InputError(f"max_nbeta must be positive and finite, but is {max_nbeta}: a volume at eps needs about LLC / eps")
+    if num_draws < 4:
+        raise InputError(f"num_draws must be at least 4, but is {num_draws}: 400 is the default")
     if num_chains < 4 or num_chains % 2:
         raise InputError(f"num_chains must be even and at least 4, but is {num_chains}: two families need an error each")
     target = LocalPosterior(loss_fn, params, float(max_nbeta), base)
     check_target(target, params, data)
-    init_loss, _ = mean_loss(loss_fn, params, data)
+    # The whole loss, as the chains see it: it need not be a mean over examples.
+    init_loss = float(target.loss(target.position(params), data))
     if not np.isfinite(init_loss):
         raise InputError(f"the loss is not finite at params, but {init_loss}: check loss_fn there")
     place_key, run_key = jax.random.split(key)
     families = Families(params, data, num_chains // 2, progress)
     folder = None if checkpoint is None else Path(checkpoint)
     kernel, spent = place_rungs(place_key, target, families, folder)
+    assert kernel is not None, "without a limit there is always a ladder"
     num_rungs = np.size(kernel.target.nbeta)
     runs = families.run(
         run_key,
         kernel,
         num_draws=num_draws,
-        num_burnin=max(num_draws // 3, _BURNIN_PER_RUNG * num_rungs),
+        num_burnin=_BURNIN_PER_RUNG * num_rungs,
         collect=(keep_rungs_and_params if keep_params else keep_rungs)(kernel.target),
         checkpoint=folder and folder / "run",
     )
@@ -117,4 +121,4 @@ def temper(
     )
 
 
-_BURNIN_PER_RUNG = 4
+_BURNIN_PER_RUNG = 8

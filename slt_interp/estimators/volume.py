@@ -101,10 +101,21 @@ def tempered_volume(
     probe_key, ladder_key = jax.random.split(key)
     max_nbeta = _coldest(probe_key, LocalPosterior(loss_fn, params, 1 / thresholds[0], base), params, data, progress)
     ladder = temper(ladder_key, loss_fn, params, data, base=base, max_nbeta=max_nbeta, progress=progress)
-    found = ladder.log_volume(thresholds)
+    reached = np.array([ladder.reaches(threshold) for threshold in thresholds])
+    if not reached.any():
+        raise InputError(
+            f"draws at nbeta {max_nbeta:.3g} hardly reach the largest threshold, {thresholds[-1]:.3g}, above the loss at "
+            "params: move the base measure nearer to params, or raise the thresholds"
+        )
+    found = ladder.log_volume(thresholds[reached])
     apart = np.abs(found.log_volume - found.saddle_point)
     reasons = []
-    far, uneven = found.family_gap > _MAX_GAP, apart > _MAX_SADDLE_GAP
+    far, uneven = ~(found.family_gap <= _MAX_GAP), ~(apart <= _MAX_SADDLE_GAP)
+    if not reached.all():
+        reasons.append(
+            f"hardly a draw at nbeta {max_nbeta:.3g} lies below thresholds up to {thresholds[~reached][-1]:.3g}: call "
+            "temper(max_nbeta=...) and its log_volume with more"
+        )
     if far.any():
         reasons.append(
             f"chains from the base and from the weights differ by up to {found.family_gap.max():.2g} nats, as after a "
@@ -112,18 +123,20 @@ def tempered_volume(
         )
     if uneven.any():
         reasons.append(
-            f"weighted draws and the saddle point differ by up to {np.nanmax(apart):.2g} nats: the ladder has gaps; take more "
-            "draws with temper(num_draws=...)"
+            f"weighted draws and the saddle point differ by up to {np.max(apart):.2g} nats, or there is none within the "
+            "ladder: call temper(num_draws=..., max_nbeta=...) with more"
         )
-    is_broken = ladder.exchange.min() < _MIN_EXCHANGE
-    refused = far | uneven | is_broken
+    refused = far | uneven | (ladder.exchange.min() < _MIN_EXCHANGE)
+    log_volume, std_error = np.full((2, len(thresholds)), np.nan)
+    log_volume[reached] = np.where(refused, np.nan, found.log_volume)
+    std_error[reached] = np.where(refused, np.nan, found.std_error)
     return VolumeEstimate(
         thresholds,
-        np.where(refused, np.nan, found.log_volume),
-        np.where(refused, np.nan, found.std_error),
+        log_volume,
+        std_error,
         "tempering",
         "the whole sublevel set within the base measure, symmetric copies included",
-        REFUSED if refused.any() else ladder.status,
+        REFUSED if np.isnan(log_volume).any() else ladder.status,
         (*reasons, *ladder.warnings, *rounding_warnings(thresholds, ladder.init_loss)),
         {
             "num_rungs": len(ladder.nbetas),
@@ -137,7 +150,7 @@ def tempered_volume(
 
 
 def _coldest(key: Key[Array, ""], target: LocalPosterior, params: Params, data: Batch, progress: bool) -> float:
-    """Choose the coldest rung: twice LLC / eps, with the LLC of a short run at nbeta = 1 / eps."""
+    """Choose the coldest rung: twice (1 + LLC) / eps, beyond the saddle point, with the LLC of a short run at 1 / eps."""
     check_target(target, params, data)
     init_loss = float(target.loss_fn(params, data))
     draws = sample(
@@ -152,7 +165,7 @@ def _coldest(key: Key[Array, ""], target: LocalPosterior, params: Params, data: 
         progress=progress,
     )
     energy = float(target.nbeta) * (float(draws.loss[draws.is_finite].mean()) - init_loss)
-    return 2 * max(1.0, energy) * float(target.nbeta)
+    return 2 * (1 + max(0.0, energy)) * float(target.nbeta)
 
 
 _MAX_GAP, _MAX_SADDLE_GAP, _MIN_EXCHANGE = 2.0, 1.0, 0.05

@@ -88,7 +88,10 @@ class Reflective:
             loss = target.loss(ahead, data)
 
             def bounce() -> tuple:
-                normal = jax.grad(target.loss)(ahead, data)
+                slope = jax.grad(target.loss)(ahead, data)
+                steepest = jnp.max(jnp.stack([jnp.max(jnp.abs(x)) for x in jax.tree.leaves(slope)]))
+                # To unit size first, or the square of a small gradient would be zero.
+                normal = jax.tree.map(lambda x: x / jnp.where(steepest > 0, steepest, 1.0), slope)
                 pushed = jax.tree.map(jnp.multiply, variance, normal)
                 factor = 2 * dot(normal, speed) / jnp.maximum(dot(normal, pushed), _TINY)
                 reflected = jax.tree.map(lambda v, p: v - factor * p, speed, pushed)

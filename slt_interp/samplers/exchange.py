@@ -62,7 +62,8 @@ class ReplicaExchange:
 
     Args:
         kernel: `HMC` whose `target.nbeta`, `step_size` and `scale` (or None) have a leading rung axis; the first nbeta is 0.
-        from_base: whether every rung starts at a draw of the base measure rather than at the given weights.
+        from_base: whether every rung starts at a draw of the base measure, wherever loss and gradient are finite there, rather
+            than at the given weights.
         block_size: rungs vectorized together, within each of the chains that are.
 
     References:
@@ -98,10 +99,12 @@ class ReplicaExchange:
 
         def one(arguments: tuple[Key[Array, ""], Array, tuple]) -> MetropolisState:
             key, rung, settings = arguments
-            draw = self._draw(key, params)
-            is_drawn = jnp.asarray(self.from_base) | (rung == 0)
-            start = jax.tree.map(lambda a, b: jnp.where(is_drawn, a, b), draw, self.target.position(params))
-            return self._at(settings).init(key, start, batch)
+            kernel, draw = self._at(settings), self._draw(key, params)
+            drawn, given = (kernel.init(key, start, batch) for start in (draw, self.target.position(params)))
+            # No trajectory leads away from where the loss is infinite, and a start need not be typical.
+            is_finite = jnp.isfinite(drawn.loss) & jnp.isfinite(dot(drawn.gradient, drawn.gradient))
+            is_drawn = (rung == 0) | (jnp.asarray(self.from_base) & is_finite)
+            return jax.tree.map(lambda a, b: jnp.where(is_drawn, a, b), drawn, given)
 
         arguments = jax.random.split(key, num_rungs), jnp.arange(num_rungs), self._settings()
         rungs = jax.lax.map(one, arguments)

@@ -97,8 +97,6 @@ def test_volumes_are_exact_within_their_errors(problem, key):
     "problem",
     [
         analytic.monomial([1, 1], in_box=True),
-        analytic.power_sum([1, 2], in_box=True),
-        analytic.double_well(),
         analytic.sum_of_products([SINGULAR] * 10, key=jax.random.key(1), name="10 singular blocks"),
     ],
     ids=lambda problem: problem.name,

@@ -84,15 +84,14 @@ def test_behavioral_kl_is_zero_at_the_network_and_positive_elsewhere(key):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["tempering", "subset"])
-def test_error_rate_without_gradient_can_be_the_loss(method, key):
+def test_error_rate_without_gradient_can_be_the_loss(key):
     def error_rate(w, batch):
         return jnp.mean((batch @ w <= 0).astype(jnp.float32))
 
     # Angles of the inputs -60 to 60 degrees: all are right for w within 30 degrees of the first axis, one sixth of the plane.
     angles = jnp.deg2rad(jnp.linspace(-60.0, 60.0, 13))
     inputs = jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=1)
-    settings = {"base": Gaussian(0.0, 1.0), "method": method, "progress": False}
+    settings = {"base": Gaussian(0.0, 1.0), "method": "subset", "progress": False}
     found = estimate_volume(key, error_rate, jnp.array([1.0, 0.0]), inputs, [0.01], **settings)
     assert abs(found.log_volume[0] + np.log(6)) < 4 * found.std_error[0]
 
