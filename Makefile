@@ -21,9 +21,11 @@ test: install
 	$(BIN)/python -m pytest $(WHOLE_STUDIES)
 	$(BIN)/python -m pytest -n 2 --ignore=$(WHOLE_STUDIES)
 
+# The slow tests apart: the others need no optimization by the compiler, which would take most of their time.
 test-all: install
 	$(BIN)/python -m pytest -m '' $(WHOLE_STUDIES)
-	$(BIN)/python -m pytest -m '' -n 2 --ignore=$(WHOLE_STUDIES)
+	$(BIN)/python -m pytest -n 2 --ignore=$(WHOLE_STUDIES)
+	$(BIN)/python -m pytest -m slow -n 2 --ignore=$(WHOLE_STUDIES)
 
 lint: install
 	$(BIN)/ruff format --check .

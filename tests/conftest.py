@@ -8,7 +8,7 @@ jax.config.update("jax_num_cpu_devices", 4)
 
 
 def pytest_configure(config):
-    """Ask the compiler for less where it takes most of the time; with the slow tests, everything runs as it does for users."""
+    """Ask the compiler for less where it takes most of the time; where slow tests run, all is compiled as it is for users."""
     jax.config.update("jax_disable_most_optimizations", "not slow" in config.option.markexpr)
 
 

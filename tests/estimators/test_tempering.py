@@ -25,6 +25,7 @@ def crossing():
     return _temper("monomial w1^2 w2^2", num_draws=200, keep_params=True)
 
 
+@pytest.mark.slow
 def test_volumes_of_crossing_lines_are_exact(crossing):
     problem, ladder = crossing
     found = ladder.log_volume(EPS)
@@ -36,6 +37,7 @@ def test_volumes_of_crossing_lines_are_exact(crossing):
     assert ladder.log_volume([1e9]).log_volume[0] == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_energies_and_partition_functions_of_every_rung_are_exact(crossing):
     problem, ladder = crossing
     curve, partition = ladder.llc_curve(), ladder.log_partition()
@@ -49,6 +51,7 @@ def test_energies_and_partition_functions_of_every_rung_are_exact(crossing):
     assert np.all(np.abs(partition.log_z[1:] - exact) < 4 * partition.std_error[1:])
 
 
+@pytest.mark.slow
 def test_kept_weights_are_those_of_the_losses(crossing):
     problem, ladder = crossing
     top = ladder.draws(-1)
@@ -56,6 +59,7 @@ def test_kept_weights_are_those_of_the_losses(crossing):
     np.testing.assert_allclose(losses, ladder.loss[-1], rtol=1e-5, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_saddle_point_is_good_to_its_next_term(crossing):
     # Stirling's series for Gamma(2 - something): 1 / (12 (1 + LLC)) to first order, with LLC between 0 and 1/2.
     _, ladder = crossing
