@@ -20,6 +20,13 @@ def _own_cache(tmp_path_factory):
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _let_go_of_programs():
+    """Drop compiled programs after every file: on a CPU each takes memory maps, of which a process has 65,530."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def key():
     return jax.random.key(0)
