@@ -102,6 +102,7 @@ def ladder_in_rounds(
 
 _MAX_DRAWS = 2500
 _BURNIN_PER_RUNG = 4
+"""Steps before the first draw, after which `_without_burnin` looks for more."""
 
 
 def _without_burnin(

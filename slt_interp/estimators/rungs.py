@@ -31,7 +31,6 @@ from slt_interp.tree import Params, dimension
 MAX_WHITENED = 512
 """Above this dimension a metric has one number per coordinate: directions would cost more than gradients."""
 
-
 MIN_EXCHANGE = 0.15
 """Neighbors that swap less often get a rung between them."""
 

@@ -152,7 +152,7 @@ def tempered_volume(
 def _coldest(key: Key[Array, ""], target: LocalPosterior, params: Params, data: Batch, progress: bool) -> float:
     """Choose the coldest rung: twice (1 + LLC) / eps, beyond the saddle point, with the LLC of a short run at 1 / eps."""
     check_target(target, params, data)
-    init_loss = float(target.loss_fn(params, data))
+    init_loss = float(target.loss(target.position(params), data))
     draws = sample(
         key,
         HMC(target, 0.1),

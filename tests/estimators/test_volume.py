@@ -56,8 +56,8 @@ def test_tempering_counts_crossing_lines_exactly(key):
     exact = np.array([problem.log_volume(threshold) for threshold in thresholds])
     assert found.status == "ok", found
     assert np.all(np.abs(found.log_volume - exact) < 4 * found.std_error)
-    # The coldest rung lies below the smallest threshold, and not far.
-    assert 1 / thresholds[0] < found.diagnostics["max_nbeta"] < 10 / thresholds[0]
+    # Twice (1 + LLC) / eps, with an LLC between 0 and 1/2 that four short chains may miss by as much.
+    assert 2 / thresholds[0] <= found.diagnostics["max_nbeta"] <= 4 / thresholds[0]
 
 
 def test_result_reads_like_a_sentence(key):
