@@ -1,7 +1,8 @@
 """The cases on which estimates are known to fail, each at one nbeta and localization, with a value to compare with.
 
 Thin arms, which chains hardly enter; minibatches at a singular point; a ReLU network; a deep linear network with many flat
-directions. Where no quadrature is known the value is that of a long run of NUTS on the full batch, with its own error.
+directions; deep linear networks at their deepest points, beside Aoyagi's coefficient. Where neither quadrature nor coefficient
+is known the value is that of a long run of NUTS on the full batch, with its own error.
 """
 
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import optax
 from jaxtyping import Array, Float
 
 from slt_interp import NUTS, FullBatch, LocalPosterior, chain_mesh, llc, mean_loss, sample
-from slt_interp.analytic import AnalyticProblem, deep_linear, monomial
+from slt_interp.analytic import AnalyticProblem, catalogue, deep_linear, monomial
 from slt_interp.estimators.calibration import customary_nbeta
 from slt_interp.models.mlp import MLP
 from slt_interp.training import polish, train
@@ -28,9 +29,9 @@ class HardCase:
     Attributes:
         problem: what the estimator gets.
         nbeta, localization: where.
-        same: a problem with the same excess loss that is cheaper to sample, or has an exact energy.
+        same: a problem with the same excess loss that is cheaper to sample, or has an exact energy or coefficient.
         max_gradients: the estimator's budget per chain; None for its own.
-        num_draws: of NUTS and each of its chains, where no energy is known.
+        num_draws: of NUTS and each of its chains; none where an energy or a coefficient is known.
     """
 
     problem: AnalyticProblem
@@ -49,19 +50,22 @@ def hard_cases() -> tuple[HardCase, ...]:
     sampled, num_examples = _with_data(key, singular)
     network = _relu_network(key)
     flat = deep_linear(key, [20, 10, 20], 5)
+    deepest = [p for p in catalogue().values() if "deepest" in p.name and p.energy is None and p.dimension <= _MAX_DEEPEST]
     return (
         *(HardCase(problem, 1e6, 1.0, problem) for problem in arms),
         HardCase(sampled, customary_nbeta(num_examples), 1.0, singular, max_gradients=20_000),
         HardCase(network, customary_nbeta(_NUM_EXAMPLES), 1.0, network, num_draws=600),
         HardCase(flat, 1e4, 10.0, flat, max_gradients=20_000, num_draws=200),
+        *(HardCase(problem, 1e5, 1.0, problem) for problem in deepest),
     )
 
 
 def reference(case: HardCase) -> dict[str, float | None]:
     """Find what an estimate at the case's nbeta and localization should be, and how well that is known."""
     problem = case.same
-    if problem.energy is not None:
-        return {"reference": problem.energy(case.nbeta, case.localization), "reference_std_error": 0.0} | dict.fromkeys(
+    if case.num_draws == 0:
+        known = problem.rlct if problem.energy is None else problem.energy(case.nbeta, case.localization)
+        return {"reference": known, "reference_std_error": 0.0} | dict.fromkeys(
             ("reference_rhat", "reference_gradients_per_chain")
         )
     target = LocalPosterior(problem.loss_fn, problem.center, case.nbeta, case.localization)
@@ -87,6 +91,7 @@ def reference(case: HardCase) -> dict[str, float | None]:
 
 _NUTS_CHAINS, _NUTS_WARMUP = 16, 200
 _NUM_EXAMPLES = 500
+_MAX_DEEPEST = 2000
 
 
 def _with_data(key: Any, problem: AnalyticProblem, num_examples: int = 10_000) -> tuple[AnalyticProblem, int]:

@@ -4,8 +4,8 @@
 
 Two scores per run. *Sampler*: the estimate against the exact E[nbeta K] at the method's own nbeta and localization.
 *Coefficient*: the estimate against the learning coefficient. SGLD gets the same gradients as `estimate_llc`; devinterp, whose
-steps take a millisecond, at most 2,000 per chain. The hard cases (`hard_cases.py`) come last, with nbeta and localization
-given. Each problem is a stage: a run that was cut short goes on after its last one.
+steps take a millisecond, one seed and at most 2,000 per chain. The hard cases (`hard_cases.py`) come last, with nbeta and
+localization given. Each problem is a stage: a run that was cut short goes on after its last one.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ class Config:
 
     problems: tuple[str, ...] = ()
     """Names of the catalogue; if none is given, all that are not too large and not confined to a box, and the hard cases."""
-    max_dimension: int = 2000
+    max_dimension: int = 10_000
     nbetas: tuple[float, ...] = (1e3, 1e5)
     num_seeds: int = 4
     num_chains: int = 16
@@ -159,7 +159,7 @@ def _measure(config: Config, problem: AnalyticProblem, peer: Connection | None) 
             cost = int(ours["gradients_per_chain"] or config.max_gradients or 20_000)
             sgld = partial(_sgld, config, key, problem, nbeta, cost)
             rows.append(_row(problem, nbeta, seed, "SGLD", config.sgld_localization, sgld))
-            if ask is not None:
+            if ask is not None and seed == 0:
                 devinterp = partial(_devinterp, config, ask, nbeta, seed, min(cost, _MAX_PEER_GRADIENTS))
                 rows.append(_row(problem, nbeta, seed, "devinterp", config.sgld_localization, devinterp))
     return {"rows": rows}, {}
