@@ -7,14 +7,13 @@ particles of the level above it.
 
 The fraction below an order statistic is a random number whose log is smaller in the mean than the log of the fraction
 by half its relative variance: this is taken off, so that log V of one seed is unbiased to first order. Copies that
-moved too little are alike, and their fractions vary more; the variance is taken between families of copies.
-Families of families are seen in the spread between seeds only: errors are the larger of the two, and seeds that spread far
-more than their families tell are what under-mixing looks like, which always makes volumes too small.
+moved too little are alike, and their fractions vary more; the variance is taken between families of copies. `descents` makes
+one answer of all seeds.
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +24,9 @@ from tqdm.auto import tqdm
 from slt_interp.bases import Base, FloatGrid
 from slt_interp.data import Batch
 from slt_interp.errors import InputError
-from slt_interp.estimators.llc import DO_NOT_TRUST, OK
-from slt_interp.estimators.volume_estimate import REFUSED, VolumeEstimate, check_thresholds, rounding_warnings
-from slt_interp.estimators.walks import NUM_STEPS, GridWalk, Particle, Reflective
+from slt_interp.estimators.descents import ROUNDING, Descents, combine, conclude
+from slt_interp.estimators.volume_estimate import VolumeEstimate, check_thresholds
+from slt_interp.estimators.walks import GridWalk, Particle, Reflective
 from slt_interp.posterior import LocalPosterior, LossFn, check_target
 from slt_interp.samplers.chains import choose_block_size
 from slt_interp.tree import Params, check_key
@@ -104,33 +103,20 @@ def subset_simulation(
         num_moves=num_moves,
         block_size=_choose_block_size(walk.target, params, data, num_seeds * num_particles),
     )
-    rounds: list[_Descents] = []
+    rounds: list[Descents] = []
     with tqdm(desc="subset simulation", unit="level", disable=not progress, leave=False) as bar:
         for i in range(max_rounds):
             seeds = jnp.arange(i * num_seeds, (i + 1) * num_seeds)
             rounds.append(descend(jax.vmap(partial(jax.random.fold_in, key))(seeds), bar=bar))
-            value, error, _, _ = _combine(rounds)
+            value, error, _, _ = combine(rounds)
             # Thresholds that cannot be reached have no error to make smaller.
             if np.all(~(error > precision * np.maximum(1.0, np.abs(value) / 10))):
                 break
-    return _conclude(rounds, thresholds, init_loss, base, params)
+    return conclude(rounds, thresholds, init_loss, base, params)
 
 
 _FRACTION = 0.2
 _MAX_LEVELS = 2000
-
-
-class _Descents(NamedTuple):
-    """What a round knows: log volumes and their variances (seed, threshold), NaN where a threshold was not reached."""
-
-    log_volume: Float[np.ndarray, "seed threshold"]
-    variance: Float[np.ndarray, "seed threshold"]
-    independent: Float[np.ndarray, "seed threshold"]
-    labels: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]]
-    lowest: float
-    num_levels: int
-    num_moves: int
-    progress: float
 
 
 def _make_walk(loss_fn: LossFn, params: Params, data: Batch, base: Base | FloatGrid) -> Reflective | GridWalk:
@@ -176,10 +162,10 @@ def _descend(
     num_moves: int,
     block_size: int,
     bar: tqdm,
-) -> _Descents:
+) -> Descents:
     num_seeds = len(keys)
     shape = (num_seeds, len(thresholds))
-    found = _Descents(np.full(shape, np.nan), np.full(shape, np.nan), np.full(shape, np.nan), {}, np.inf, 0, 0, np.nan)
+    found = Descents(np.full(shape, np.nan), np.full(shape, np.nan), np.full(shape, np.nan), {}, np.inf, 0, 0, np.nan)
     particles = _begin(walk, data, keys, num_particles=num_particles, block_size=block_size)
     steps = jnp.full(num_seeds, _FIRST_STEP)
     families = np.tile(np.arange(num_particles), (num_seeds, 1))
@@ -213,7 +199,7 @@ def _descend(
             is_order_statistic = np.sum(losses[s] == levels[s]) == 1
             correction = -variance / 2 - 1 / num_particles if is_order_statistic else variance / 2
             total[:, s] += np.log(p) + correction, variance, independent
-        is_stuck = ~np.isfinite(levels) | (_spread(losses) <= _ROUNDING * np.abs(losses).min(axis=1))
+        is_stuck = ~np.isfinite(levels) | (_spread(losses) <= ROUNDING * np.abs(losses).min(axis=1))
         active = active & (below > thresholds[0]) & ~is_stuck
         if not active.any() or depth == _MAX_LEVELS - 1:
             break
@@ -237,7 +223,6 @@ def _descend(
 
 
 _FIRST_STEP = 0.7
-_ROUNDING = 8 * float(np.finfo(np.float32).eps)
 
 
 @partial(jax.jit, static_argnames=("num_particles", "block_size"))
@@ -322,99 +307,3 @@ def _fraction(inside: np.ndarray, families: np.ndarray) -> tuple[float, float, f
     independent = max(1 - p, 0.5 / count) / (p * count)
     between = np.sum(np.bincount(families, inside - p) ** 2) / (p * count) ** 2
     return float(p), float(max(between, independent)), float(independent)
-
-
-def _combine(rounds: list[_Descents]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Mean log volumes over seeds, their errors, the spread between seeds, and the spread that their families explain."""
-    values, variances = (np.concatenate([getattr(r, name) for r in rounds]) for name in ("log_volume", "variance"))
-    spread, explained = values.std(axis=0, ddof=1), np.sqrt(variances.mean(axis=0))
-    return values.mean(axis=0), np.maximum(spread, explained) / np.sqrt(len(values)), spread, explained
-
-
-def _conclude(
-    rounds: list[_Descents], thresholds: np.ndarray, init_loss: float, base: Base | FloatGrid, params: Params
-) -> VolumeEstimate:
-    value, error, spread, explained = _combine(rounds)
-    per_seed = np.concatenate([r.log_volume for r in rounds])
-    independent = np.sqrt(np.concatenate([r.independent for r in rounds]).mean(axis=0))
-    is_count = isinstance(base, FloatGrid)
-    lowest = min(r.lowest for r in rounds)
-    warnings, status = rounding_warnings(thresholds, init_loss), OK
-    unreached = np.isnan(value)
-    if unreached.any():
-        status = REFUSED
-        warnings.append(
-            f"no seed could go below {lowest:.4g} above the loss at params, or not every one: the volume at thresholds up to "
-            f"{thresholds[unreached].max():.3g} is unknown; raise the thresholds, or move the base measure nearer to params"
-        )
-    with np.errstate(invalid="ignore"):
-        torn = (spread > _TORN) & (spread > _TORN_RATIO * explained)
-        loose = (spread > _LOOSE) & (spread > _LOOSE_RATIO * explained) & ~torn
-    if torn.any() or loose.any():
-        status = REFUSED if torn.any() or unreached.any() else DO_NOT_TRUST
-        worst = int(np.argmax(np.where(torn | loose, spread / explained, 0.0)))
-        warnings.append(
-            f"at threshold {thresholds[worst]:.3g} the seeds spread by {spread[worst]:.2g} nats where {explained[worst]:.2g} "
-            "are expected: the particles move too little between levels, and the volume reads too small; raise num_moves, then "
-            "num_particles of subset_simulation"
-        )
-    ratio = float(np.nanmax((explained / independent) ** 2, initial=0.0))
-    if ratio > _MAX_INFLATION:
-        status = DO_NOT_TRUST if status == OK else status
-        warnings.append(
-            f"copies of a particle stay alike (their fractions vary {ratio:.1f} times as much as independent ones would): "
-            "raise num_moves of subset_simulation"
-        )
-    below = f"; losses up to {-lowest:.3g} below that of params were found" if lowest < -_ROUNDING * abs(init_loss) else ""
-    total = base.log_total(params) if isinstance(base, FloatGrid) else 0.0
-    value, error = np.where(torn, np.nan, value), np.where(torn, np.nan, error)
-    return VolumeEstimate(
-        thresholds,
-        value + total,
-        error,
-        "subset simulation",
-        "the whole sublevel set within the base measure, with all its symmetric copies" + below,
-        status,
-        tuple(warnings),
-        {
-            "lowest_excess_loss": lowest,
-            "num_seeds": len(per_seed),
-            "num_levels": max(r.num_levels for r in rounds),
-            "num_steps": NUM_STEPS * sum(r.num_moves for r in rounds),
-            "spread": spread.tolist(),
-            "expected_spread": explained.tolist(),
-            "variance_inflation": ratio,
-            "progress": float(np.mean([r.progress for r in rounds])),
-        },
-        per_seed + total,
-        _by_label(rounds, value + total, error),
-        is_count,
-    )
-
-
-def _by_label(
-    rounds: list[_Descents], log_volume: np.ndarray, std_error: np.ndarray
-) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-    """Split log volumes by the share of each label, averaged over seeds."""
-    found = [r.labels for r in rounds if r.labels]
-    names = sorted({int(name) for labels in found for values, _ in labels.values() for name in values})
-    num_seeds = len(rounds[0].log_volume)
-    split = {}
-    for name in names:
-        shares = np.full((len(found) * num_seeds, len(log_volume)), np.nan)
-        for i, labels in enumerate(found):
-            for (s, t), (values, counts) in labels.items():
-                shares[i * num_seeds + s, t] = counts[values == name].sum() / counts.sum()
-        mean, error = shares.mean(axis=0), shares.std(axis=0, ddof=1) / np.sqrt(len(shares))
-        with np.errstate(divide="ignore", invalid="ignore"):
-            split[name] = log_volume + np.log(mean), np.hypot(std_error, error / mean)
-    return split
-
-
-_TORN, _TORN_RATIO = 3.0, 4.0
-"""Between seeds, in nats and as a multiple of what is expected: no number is given."""
-
-_LOOSE, _LOOSE_RATIO = 0.3, 2.5
-"""A number is given, and not trusted."""
-
-_MAX_INFLATION = 2.0

@@ -1,7 +1,10 @@
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
 from slt_interp import HMC, SGLD, FullBatch, Gaussian, LocalPosterior, keep_energy, llc, mean_loss, sample
 from slt_interp.estimators.calibration import predicted_step_bias, settled_step_size
@@ -47,6 +50,47 @@ def test_burn_in_is_not_averaged_in(key):
     exact = 0.5 * np.sum(k / (s * (1 - 5e-3 * s / 4)))
     assert abs(estimate.llc - exact) < 4 * estimate.std_error
     assert draws.loss.shape == (8, 100)
+
+
+@pytest.fixture(scope="module")
+def regression_draws():
+    target = LocalPosterior(regression, CENTER, 50.0, 1.0)
+    counts = {"num_chains": 8, "num_burnin": 50, "num_draws": 400, "progress": False}
+    return sample(jax.random.key(0), HMC(target, 0.1), CENTER, FullBatch(DATA), **counts)
+
+
+def _apart(draws, gap):
+    """Shift the losses of the first half of the chains, until their mean energy is `gap` above that of the others."""
+    is_first = np.arange(len(draws.loss)) < len(draws.loss) // 2
+    energy = 50.0 * draws.loss.astype(np.float64)
+    missing = gap - (energy[is_first].mean() - energy[~is_first].mean())
+    loss = draws.loss.astype(np.float64) + np.where(is_first, missing / 50.0, 0.0)[:, None]
+    return replace(draws, info=draws.info._replace(loss=loss)), is_first
+
+
+def test_families_that_disagree_are_not_trusted_though_all_else_is_well(regression_draws):
+    # Less than a standard deviation of the energy, sqrt(6 / 2): what R-hat overlooks.
+    gap, init_loss = 0.5, float(regression(CENTER, DATA))
+    draws, is_from_base = _apart(regression_draws, gap)
+    assert llc(draws, init_loss).status == "ok"
+    estimate = llc(draws, init_loss, is_from_base=is_from_base)
+    assert estimate.diagnostics["family_difference"] == pytest.approx(gap)
+    # By Student's law with 6 degrees of freedom, as rare as 3 errors of a normal.
+    assert gap > 2 * stats.t(6).isf(stats.norm.sf(3)) * estimate.diagnostics["family_difference_std_error"]
+    assert estimate.status == "do not trust"
+    (warning,) = estimate.warnings
+    assert warning.startswith("chains from the base measure and from the center disagree, by 0.5 +- ")
+    assert estimate.std_error >= gap / 2 * (1 - 1e-12)
+    assert estimate.llc == llc(draws, init_loss).llc
+
+
+def test_families_that_agree_change_nothing(regression_draws):
+    draws, is_from_base = _apart(regression_draws, 0.0)
+    init_loss = float(regression(CENTER, DATA))
+    plain, estimate = llc(draws, init_loss), llc(draws, init_loss, is_from_base=is_from_base)
+    assert (estimate.status, estimate.warnings) == ("ok", ())
+    assert (estimate.llc, estimate.std_error, estimate.ess) == (plain.llc, plain.std_error, plain.ess)
+    np.testing.assert_array_equal(estimate.per_chain, plain.per_chain)
 
 
 @pytest.mark.slow

@@ -1,0 +1,143 @@
+"""Where rungs belong, against what exact energies and a base measure in one dimension ask for."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from slt_interp import Gaussian, LocalPosterior
+from slt_interp.errors import InputError
+from slt_interp.estimators import rungs
+from slt_interp.estimators.rungs import Families, place_rungs
+
+FIRST, TOP = 2.0, 2.0 * 3.0**6
+TRIPLED = np.concatenate([[0.0], FIRST * 3.0 ** np.arange(7)])
+
+ROUNDING = 1e-14
+"""Of the exponential of a logarithm, at most 7.3, after a dozen operations of float64."""
+
+
+def half_square(w, batch):
+    return 0.5 * jnp.sum(w**2)
+
+
+def _target(loss_fn, max_nbeta):
+    return LocalPosterior(loss_fn, jnp.zeros(1), max_nbeta, Gaussian(0.0, 1.0))
+
+
+def _families():
+    return Families(jnp.zeros(1), None, num_chains=2, progress=False)
+
+
+def _pilot(mean, variance):
+    unknown = np.array([np.nan])
+    return rungs._Pilot(TRIPLED, None, jnp.ones(8), *(np.concatenate([unknown, x]) for x in (mean, variance)))
+
+
+@pytest.mark.parametrize("coefficient", [4.0, 100.0, 1e4])
+def test_exact_energies_of_a_coefficient_give_rungs_in_a_ratio(coefficient):
+    nbetas = TRIPLED[1:]
+    found = rungs._spaced(_pilot(coefficient / nbetas, coefficient / nbetas**2), TRIPLED)
+    # nbeta L has the standard deviation sqrt(coefficient) everywhere, and neighbors are 1.4 of these apart. What the means of
+    # two rungs N and 3 N say, with u = log 3, counts where it is more: the root of coefficient (1 / N - 1 / 3N) sqrt(N 3N) / u
+    # = coefficient 2 sinh(u / 2) / u, which is 1.025 times as much. The last gap would be a part of one: all shrink instead.
+    u = np.log(3.0)
+    scatter = np.sqrt(coefficient * 2 * np.sinh(u / 2) / u)
+    gaps = np.ceil(np.log(TOP / FIRST) * scatter / 1.4)
+    assert found[0] == 0
+    assert found[-1] == TOP
+    np.testing.assert_allclose(found[1:], np.geomspace(FIRST, TOP, int(gaps) + 1), rtol=ROUNDING)
+    assert (1 - 1 / gaps) / 1.026 < np.log(found[2] / found[1]) / (1.4 / np.sqrt(coefficient)) < 1
+
+
+def test_a_fall_of_the_mean_between_two_rungs_of_the_pilot_gets_rungs_there():
+    # Nothing scatters, and gaps are the pilot's, but for one of them, u = log 3 wide, which is to get 7: the scatter there is
+    # 7 * 1.4 / u, whose square is the fall per unit of log nbeta, times the geometric mean of both nbetas.
+    u = np.log(3.0)
+    fall = (7 * 1.4 / u) ** 2 * u / np.sqrt(TRIPLED[3] * TRIPLED[4])
+    found = rungs._spaced(_pilot(np.where(np.arange(7) < 3, fall, 0.0), np.zeros(7)), TRIPLED)
+    expected = np.concatenate([TRIPLED[:3], np.geomspace(TRIPLED[3], TRIPLED[4], 8), TRIPLED[5:]])
+    np.testing.assert_allclose(found, expected, rtol=ROUNDING)
+
+
+def test_first_rung_is_where_draws_of_the_base_are_worth_the_share(key):
+    # E exp(-k N w^2 / 2) = (1 + k N)^(-1/2) =: m_k under N(0, 1), so that draws are worth m_1^2 / m_2, that is
+    # (1 + 2N)^(1/2) / (1 + N), of their number: .3 at the root of .09 (1 + N)^2 = 1 + 2N, 20.71.
+    share = rungs._FIRST_ESS
+    exact = max(np.roots([share**2, 2 * share**2 - 2, share**2 - 1]))
+    assert exact == pytest.approx(20.71, abs=0.005)
+    found = rungs._first_rung(key, _target(half_square, 1e6), _families(), 1e6)
+    # Delta method: log share is off by the mean of 2 x / m_1 - x^2 / m_2 over draws x = exp(-N w^2 / 2), log N by that over
+    # the slope N / (1 + 2N) - N / (1 + N) = -.466: .087 for 1024 draws.
+    one, two, three, four = (1 + np.arange(1, 5) * exact) ** -0.5
+    variance = 4 * two / one**2 - 4 * three / (one * two) + four / two**2 - 1
+    slope = exact / (1 + 2 * exact) - exact / (1 + exact)
+    assert abs(np.log(found / exact)) < 4 * np.sqrt(variance / rungs._BASE_DRAWS) / abs(slope)
+
+
+def test_first_rung_is_at_most_the_top(key):
+    assert rungs._first_rung(key, _target(half_square, 0.03), _families(), 0.03) == 0.03
+
+
+def test_base_at_which_the_loss_is_hardly_ever_finite_is_one_sentence(key):
+    def loss_fn(w, batch):
+        return jnp.where(jnp.all(w == 0), 0.0, jnp.inf)
+
+    with pytest.raises(InputError, match="the loss is finite at 0 of 1024 draws of the base measure") as caught:
+        place_rungs(key, _target(loss_fn, 10.0), _families())
+    assert "\n" not in str(caught.value)
+
+
+TINY = 0.03
+"""Far below the first rung, 20.7: pilot and ladder are the base, a third of this, and this."""
+
+
+def _gradients(num_rungs, num_steps):
+    """8 leapfrog steps of every rung above the base, and one gradient at the draw of the base."""
+    return num_steps * (8 * (num_rungs - 1) + 1)
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """Record what `Families.run` gives."""
+    found, run = [], Families.run
+
+    def recorded(*arguments, **settings):
+        found.append(run(*arguments, **settings))
+        return found[-1]
+
+    monkeypatch.setattr(Families, "run", recorded)
+    return found
+
+
+@pytest.mark.slow
+def test_ladder_beyond_the_budget_is_given_up_after_its_pilot(key, runs):
+    kernel, spent = place_rungs(key, _target(half_square, TINY), _families(), max_gradients=1)
+    assert kernel is None
+    assert len(runs) == 1
+    assert spent == _gradients(3, 100 + 50)
+
+
+@pytest.mark.slow
+def test_top_below_the_first_rung_makes_a_ladder_of_two_above_the_base(key, runs):
+    kernel, spent = place_rungs(key, _target(half_square, TINY), _families())
+    assert kernel is not None
+    # Rounded to float32 once.
+    np.testing.assert_allclose(kernel.target.nbeta, [0, TINY / 3, TINY], rtol=float(np.finfo(np.float32).eps))
+    steps = np.asarray(kernel.step_size)
+    assert steps.shape == (3,)
+    assert np.all((steps > 0) & (steps <= 1))
+    # A pilot and three trials; nothing is added between neighbors that nearly always swap.
+    assert len(runs) == 4
+    assert spent == _gradients(3, 100 + 50) + 3 * _gradients(3, 2 * 3 + 50)
+    assert spent == pytest.approx(sum(np.mean([draws.num_gradients for draws in pair]) for pair in runs))
+
+
+@pytest.mark.slow
+def test_a_ladder_leaves_of_the_budget_what_its_draws_need(key):
+    found = []
+    for budget in (2_600, 6_000, 10_000, 14_000):
+        kernel, spent = place_rungs(key, _target(half_square, TINY), _families(), max_gradients=budget)
+        found.append(kernel is not None)
+        assert kernel is None or spent + _gradients(3, rungs.MIN_DRAWS) <= budget
+    assert found[0] is False
+    assert found[-1] is True
