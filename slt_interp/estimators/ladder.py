@@ -6,7 +6,7 @@ equilibrated: their difference is part of every error bar, and where it is too l
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import jax
@@ -15,8 +15,9 @@ from jaxtyping import Bool, Float, Int
 
 from slt_interp.bases import Base
 from slt_interp.errors import InputError
+from slt_interp.estimators.coefficient import MAX_MULTIPLICITY, MIN_RUNGS, LearningCoefficient, fit_coefficient
 from slt_interp.estimators.llc import DO_NOT_TRUST, OK, family_limit
-from slt_interp.estimators.reweighting import Reweighting
+from slt_interp.estimators.reweighting import Reweighting, block_sums
 from slt_interp.estimators.rungs import MIN_EXCHANGE
 from slt_interp.samplers.diagnostics import std_error
 from slt_interp.tree import Params
@@ -83,6 +84,7 @@ class Ladder:
         init_loss: L(w*), nats per example.
         lowest_loss: L*, which energies are counted from: `init_loss`, or the lowest loss of any draw if that is lower.
         base: the base measure.
+        dimension: number of weights.
         params: the weights of the draws, (rung, chain, draw, ...), if they were kept.
         num_lost: chains that became non-finite and are left out.
         gradients_per_chain: all gradients that a chain took.
@@ -98,6 +100,7 @@ class Ladder:
     init_loss: float
     lowest_loss: float
     base: Base
+    dimension: int
     params: Params | None
     num_lost: int
     gradients_per_chain: float
@@ -167,6 +170,39 @@ class Ladder:
         """Estimate log Z of every rung by MBAR; standard errors include the difference between the families."""
         log_z, error = self._pooled.log_partition()
         return LogPartition(self.nbetas, log_z, np.maximum(error, np.abs(self._family_gaps[0]) / 2))
+
+    def learning_coefficient(self) -> LearningCoefficient:
+        """Estimate the learning coefficient for each multiplicity from energies and log Z; see `fit_coefficient`.
+
+        It is that of the base measure's whole support: the smallest of all minima there, at most the local one at the weights.
+
+        Raises:
+            InputError: for ladders of too few rungs, chains or draws.
+        """
+        num_chains, num_draws = self.loss.shape[1:]
+        picked = np.unique(np.linspace(1, len(self.nbetas) - 1, _NUM_READ).round().astype(int))
+        num_samples, num_readings = num_chains * _NUM_BLOCKS, 2 * len(picked) - 1
+        if len(picked) < MIN_RUNGS or num_draws < _NUM_BLOCKS or num_samples < num_readings + 4:
+            raise InputError(
+                f"a learning coefficient needs {MIN_RUNGS} rungs above the base, 4 chains and {_NUM_BLOCKS} draws, but this "
+                f"ladder has {len(self.nbetas) - 1}, {num_chains} and {num_draws}: raise max_nbeta, num_chains or num_draws"
+            )
+        energy = self.nbetas[picked, None, None] * (self.mean_loss[picked] - self.lowest_loss)
+        means = energy.mean(axis=(1, 2))
+        moved = block_sums(energy - means[:, None, None], _NUM_BLOCKS).T / energy[0].size
+        samples = np.concatenate([moved, np.diff(self._pooled.influences(_NUM_BLOCKS)[:, picked], axis=1)], axis=1)
+        # The inverse of a covariance from few samples is too large, by a known factor (Hartlap et al. 2007).
+        covariance = samples.T @ samples * num_samples / (num_samples - num_readings - 2)
+        first, second = (energy[:, chains].mean(axis=(1, 2)) for _, chains in self._families)
+        gap = np.concatenate([first - second, -np.diff(self._family_gaps[0][picked])])
+        found = fit_coefficient(
+            np.log(self.nbetas[picked]),
+            means,
+            np.diff(self._pooled.free_energies[picked]),
+            covariance + np.outer(gap, gap) / 4,
+            min(MAX_MULTIPLICITY, self.dimension),
+        )
+        return replace(found, warnings=(*found.warnings, *self.warnings))
 
     def log_volume(self, thresholds: Sequence[float] | Float[np.ndarray, " threshold"]) -> LogVolume:
         """Estimate the log of the base's mass of {L <= L(w*) + threshold}.
@@ -248,6 +284,9 @@ class Ladder:
 
 _MIN_SHARE = 0.05
 """Of the coldest rung's draws so many must lie below a threshold."""
+
+_NUM_READ, _NUM_BLOCKS = 12, 10
+"""A learning coefficient is read from at most 12 rungs; blocks of draws, longer than chains remember, count as independent."""
 
 _GAP = 0.1
 _MAX_DROP = 0.1

@@ -97,7 +97,7 @@ def llc(
         `init_loss` is added in quadrature.
 
     Raises:
-        InputError: if no chain is finite, or nbeta is not positive.
+        InputError: if no chain is finite, or fewer than two of a family, or nbeta is not positive.
     """
     target = draws.kernel.target
     nbeta, localization = _number(target.nbeta), _number(target.localization)
@@ -113,7 +113,7 @@ def llc(
     known = np.nan if target.base.is_bounded else 1.0
     virial, virial_localization = known * info.virial / dimension, known * info.virial_localization / dimension
     change, change_error = drift(energy)
-    families = {} if is_from_base is None else _compare(energy, np.asarray(is_from_base)[finite])
+    families = {} if is_from_base is None else _compare(energy, np.asarray(is_from_base, bool)[finite])
     error = max(std_error(energy), abs(families.get("family_difference", 0.0)) / 2)
     estimate = {
         "nbeta": nbeta,
@@ -207,6 +207,11 @@ def _energy(target: LocalPosterior, state: Any, info: Info) -> Energy:
 def _compare(energy: Float[np.ndarray, "chain draw"], is_from_base: Bool[np.ndarray, " chain"]) -> dict[str, float]:
     """Subtract the mean of the chains from the center from that of the chains from the base measure."""
     base, center = (energy[chains].mean(axis=1) for chains in (is_from_base, ~is_from_base))
+    if min(len(base), len(center)) < 2:
+        raise InputError(
+            f"each family needs two finite chains, but {len(base)} from the base and {len(center)} from the center are: "
+            "take more chains"
+        )
     error = np.hypot(*(x.std(ddof=1) / np.sqrt(len(x)) for x in (base, center)))
     return {"family_difference": float(base.mean() - center.mean()), "family_difference_std_error": float(error)}
 

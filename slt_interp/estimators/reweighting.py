@@ -37,7 +37,7 @@ class Reweighting:
 
     def log_partition(self) -> tuple[Float[_Array, " rung"], Float[_Array, " rung"]]:
         """Estimate log Z of every rung, 0 at nbeta 0, and its standard error."""
-        return -self.free_energies, _spread(self._influences)
+        return -self.free_energies, _spread(self.influences())
 
     def log_mass(self, inside: Bool[_Array, "rung chain draw"]) -> tuple[float, float]:
         """Estimate the log of the base measure's mass of a set of draws, and its standard error.
@@ -52,7 +52,7 @@ class Reweighting:
         log_total = float(np.log(total) + self._peak(selected))
         # Weights fall with the partition functions: d log w_n / d f_r = -(share of rung r in draw n).
         share = np.exp(selected - log_total).ravel() @ self._shares.T
-        influence = per_chain / total - 1 / len(per_chain) - self._influences @ share
+        influence = per_chain / total - 1 / len(per_chain) - self.influences() @ share
         return log_total, float(_spread(influence))
 
     def moments(self, nbeta: float) -> tuple[float, float, float]:
@@ -114,19 +114,23 @@ class Reweighting:
         """Probability that a pooled draw with this loss comes from rung r."""
         return np.exp(self._log_terms(self.free_energies[1:]) - self._log_denominator)
 
-    @cached_property
-    def _influences(self) -> Float[_Array, "chain rung"]:
-        """By how much the draws of each chain move the free energies."""
-        num_rungs, num_chains, num_draws = self.losses.shape
-        shares = self._shares
-        excess = shares.reshape(num_rungs, *self.losses.shape).sum(axis=(1, 3)).T - num_draws
+    def influences(self, num_blocks: int = 1) -> Float[_Array, "chain*block rung"]:
+        """By how much the draws of each chain, or of each of its blocks, move the free energies."""
+        shares, num_rungs = self._shares, len(self.nbetas)
+        excess = block_sums(shares.reshape(num_rungs, *self.losses.shape).sum(axis=1) - 1, num_blocks).T
         curvature = np.diag(shares.sum(axis=1)) - shares @ shares.T
         moved = np.linalg.lstsq(curvature[1:, 1:], -excess[:, 1:].T, rcond=None)[0].T
-        return np.concatenate([np.zeros((num_chains, 1)), moved], axis=1)
+        return np.concatenate([np.zeros((len(moved), 1)), moved], axis=1)
 
     def _peak(self, log_weights: _Array) -> float:
         peak = log_weights.max()
         return float(peak) if np.isfinite(peak) else 0.0
+
+
+def block_sums(values: Float[_Array, "event chain draw"], num_blocks: int) -> Float[_Array, "event chain*block"]:
+    """Sum over `num_blocks` successive parts of each chain, of as equal a length as can be."""
+    edges = np.arange(num_blocks) * values.shape[2] // num_blocks
+    return np.add.reduceat(values, edges, axis=2).reshape(len(values), -1)
 
 
 def _spread(influences: Float[_Array, "chain *event"]) -> Float[_Array, "*event"]:

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Key
 
 from slt_interp.estimators.llc import DO_NOT_TRUST, OK, LLCEstimate, keep_energy, llc
-from slt_interp.estimators.rungs import Families, place_rungs, top_rung
+from slt_interp.estimators.rungs import BURNIN_PER_RUNG, Families, place_rungs, top_rung
 from slt_interp.posterior import LocalPosterior
 from slt_interp.samplers.draws import Draws, keep_nothing
 from slt_interp.samplers.hmc import HMC
@@ -85,11 +85,11 @@ def ladder_in_rounds(
     if kernel is None:
         return None, spent
     rungs = np.size(kernel.target.nbeta)
-    last = max(1, int((budget - spent) / (kernel.kernel.num_leapfrog * rungs)) - _BURNIN_PER_RUNG * rungs)
+    last = max(1, int((budget - spent) / (kernel.kernel.num_leapfrog * rungs)) - BURNIN_PER_RUNG * rungs)
     num_draws, runs = FIRST_ROUND, None
     while True:
         num_draws = min(num_draws, last)
-        runs = families.run(run_key, kernel, num_draws=num_draws, num_burnin=_BURNIN_PER_RUNG * rungs, previous=runs)
+        runs = families.run(run_key, kernel, num_draws=num_draws, num_burnin=BURNIN_PER_RUNG * rungs, previous=runs)
         settled, estimate = _without_burnin(*top_rung(runs, kernel, target), init_loss=init_loss)
         is_precise = estimate.std_error <= precision * abs(estimate.llc)
         if num_draws == last or (is_precise and estimate.status == OK):
@@ -101,8 +101,6 @@ def ladder_in_rounds(
 
 
 _MAX_DRAWS = 2500
-_BURNIN_PER_RUNG = 4
-"""Steps before the first draw, after which `_without_burnin` looks for more."""
 
 
 def _without_burnin(

@@ -37,8 +37,8 @@ MIN_EXCHANGE = 0.15
 CHUNK = 50
 """Draws between two looks of the host, and of a trial."""
 
-MIN_DRAWS = 300
-"""Fewer draws of a ladder than this are not worth finding it."""
+MIN_DRAWS, BURNIN_PER_RUNG = 300, 4
+"""Fewer draws of a ladder than this are not worth finding it; as many steps for each rung come before the first draw."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def place_rungs(
         target: the coldest rung; its base measure is the lowest.
         families: what runs.
         checkpoint: a directory for resumption.
-        max_gradients: per chain, for the search and `MIN_DRAWS` draws on the ladder.
+        max_gradients: per chain, for trials, burn-in and `MIN_DRAWS` draws on the ladder; a pilot is always run.
 
     Returns:
         The kernel, or None if its rungs are too many for `max_gradients`, and the gradients per chain that were spent.
@@ -149,7 +149,8 @@ def place_rungs(
     pilot, spent = _pilot(pilot_key, target, families, tripled, checkpoint and checkpoint / "pilot")
     kernel = _kernel(target, pilot, _spaced(pilot, tripled))
     count = np.size(kernel.target.nbeta)
-    if spent + kernel.kernel.num_leapfrog * count * (_NUM_TRIALS * (2 * count + CHUNK) + MIN_DRAWS) > max_gradients:
+    steps = _NUM_TRIALS * (2 * count + CHUNK) + BURNIN_PER_RUNG * count + MIN_DRAWS
+    if spent + kernel.kernel.num_leapfrog * count * steps > max_gradients:
         return None, spent
     for attempt in range(_NUM_TRIALS):
         nbetas = np.asarray(kernel.target.nbeta, np.float64)

@@ -17,7 +17,7 @@ from slt_interp.estimators.ladder import Ladder
 from slt_interp.estimators.rungs import Families, joined, place_rungs
 from slt_interp.posterior import LocalPosterior, LossFn, check_target
 from slt_interp.samplers.exchange import keep_rungs, keep_rungs_and_params
-from slt_interp.tree import Params, check_key
+from slt_interp.tree import Params, check_key, dimension
 
 
 def temper(
@@ -116,6 +116,7 @@ def temper(
         init_loss=init_loss,
         lowest_loss=float(min(init_loss, loss.min())),
         base=base,
+        dimension=dimension(params),
         params=jax.tree.map(by_rung, kept) if keep_params else None,
         num_lost=num_chains - sum(sizes),
         gradients_per_chain=spent + float(np.mean([draws.num_gradients.mean() for draws in runs])),

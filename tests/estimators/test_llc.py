@@ -7,6 +7,7 @@ import pytest
 from scipy import stats
 
 from slt_interp import HMC, SGLD, FullBatch, Gaussian, LocalPosterior, keep_energy, llc, mean_loss, sample
+from slt_interp.errors import InputError
 from slt_interp.estimators.calibration import predicted_step_bias, settled_step_size
 
 X = jax.random.normal(jax.random.key(3), (400, 6))
@@ -91,6 +92,12 @@ def test_families_that_agree_change_nothing(regression_draws):
     assert (estimate.status, estimate.warnings) == ("ok", ())
     assert (estimate.llc, estimate.std_error, estimate.ess) == (plain.llc, plain.std_error, plain.ess)
     np.testing.assert_array_equal(estimate.per_chain, plain.per_chain)
+
+
+def test_a_family_of_one_chain_gets_one_sentence(regression_draws):
+    is_from_base = np.arange(len(regression_draws.loss)) == 0
+    with pytest.raises(InputError, match="each family needs two finite chains, but 1 from the base and 7 from the center are"):
+        llc(regression_draws, 0.0, is_from_base=is_from_base)
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """The ladder against exact volumes, energies and partition functions."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,7 +85,20 @@ def _synthetic(shift=0.0, exchange=0.5, init_loss=0.0):
     loss[1:, is_from_base] *= 1 + shift
     replica = np.broadcast_to(np.arange(7)[:, None, None], loss.shape)
     return Ladder(
-        nbetas, loss, loss, loss, is_from_base, replica, np.full(6, exchange), init_loss, 0.0, Gaussian(0.0, 1.0), None, 0, 0.0
+        nbetas,
+        loss,
+        loss,
+        loss,
+        is_from_base,
+        replica,
+        np.full(6, exchange),
+        init_loss,
+        0.0,
+        Gaussian(0.0, 1.0),
+        4,
+        None,
+        0,
+        0.0,
     )
 
 
@@ -102,6 +117,26 @@ def test_verdict_names_its_reason():
 def test_error_bars_include_the_difference_of_the_families():
     apart = _synthetic(shift=0.5).log_partition()
     assert np.all(apart.std_error[2:] > 2 * _synthetic().log_partition().std_error[2:])
+
+
+def test_learning_coefficient_of_independent_draws_is_that_of_the_quadratic():
+    found = _synthetic().learning_coefficient()
+    # 4 directions of curvature: coefficient 2, multiplicity 1, though the energy at the first rung is half of that.
+    assert found.covers(2.0, 1), found
+    assert found.probability[0] > found.probability[1]
+    apart = _synthetic(shift=0.5).learning_coefficient()
+    # Losses scaled by 1.5 move energies, not how log Z falls: it is the fit of both that must become less sure.
+    assert apart.std_errors[0] > 1.5 * found.std_errors[0]
+    assert any("disagree in log Z" in warning for warning in apart.warnings)
+
+
+def test_learning_coefficient_needs_rungs_and_draws():
+    whole = _synthetic()
+    short = dataclasses.replace(whole, **{name: getattr(whole, name)[:4] for name in ("nbetas", "loss", "mean_loss")})
+    with pytest.raises(
+        InputError, match="needs 4 rungs above the base, 4 chains and 10 draws, but this ladder has 3, 8 and 200"
+    ):
+        short.learning_coefficient()
 
 
 def test_bad_input_gets_one_sentence():

@@ -1,0 +1,186 @@
+"""The learning coefficient and its multiplicity, from energies and partition functions at several temperatures.
+
+Z(nbeta) = E_base exp(-nbeta K) falls like nbeta^-coefficient P(log nbeta) with a polynomial P of degree multiplicity - 1, and
+corrections with further powers of 1 / nbeta. In t = log nbeta the energy is
+
+    E(t) = -d log Z / dt = coefficient - P'(t) / P(t) + a exp(-delta t),
+
+and increments of -log Z between rungs are its integrals. What is not known (P, a, delta, and from which rung on the law holds)
+is averaged over: coefficient and amplitude are linear and integrated in closed form, the rest lies on a small grid.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+_Array = np.ndarray
+
+MAX_MULTIPLICITY = 3
+MIN_RUNGS = 4
+"""So many energies and three increments are enough for the coefficient, the shape of P and an amplitude."""
+
+
+@dataclass(frozen=True)
+class LearningCoefficient:
+    """The learning coefficient for each multiplicity, and how probable that is; `print` it for the verdict.
+
+    Attributes:
+        probability: of multiplicity 1, 2, ...
+        coefficients, std_errors: for each multiplicity.
+        warnings: every reason for doubt.
+    """
+
+    probability: Float[_Array, " multiplicity"]
+    coefficients: Float[_Array, " multiplicity"]
+    std_errors: Float[_Array, " multiplicity"]
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def multiplicity(self) -> int:
+        """The most probable."""
+        return int(self.probability.argmax()) + 1
+
+    @property
+    def coefficient(self) -> float:
+        """Of the most probable multiplicity."""
+        return float(self.coefficients[self.multiplicity - 1])
+
+    @property
+    def std_error(self) -> float:
+        """Of `coefficient`, if that is the multiplicity."""
+        return float(self.std_errors[self.multiplicity - 1])
+
+    @property
+    def is_resolved(self) -> bool:
+        """Whether the draws tell the multiplicity."""
+        return bool(self.probability.max() >= _RESOLVED)
+
+    def covers(self, coefficient: float, multiplicity: int) -> bool:
+        """Whether a pair is among those that the draws do not exclude at 95 %."""
+        if not 1 <= multiplicity <= len(self.probability) or self.probability[multiplicity - 1] < 1 - _RESOLVED:
+            return False
+        i = multiplicity - 1
+        return bool(abs(self.coefficients[i] - coefficient) <= 1.96 * self.std_errors[i])
+
+    def __str__(self) -> str:
+        order = np.argsort(-self.probability)
+        found = [
+            f"{self.coefficients[i]:.4g} +- {self.std_errors[i]:.2g} at multiplicity {i + 1} (probability {share:.2g})"
+            for i, share in zip(order, self.probability[order], strict=True)
+            if share >= 1 - _RESOLVED
+        ]
+        verdict = [] if self.is_resolved else ["the draws do not tell the multiplicity: take more, or a larger max_nbeta"]
+        return "\n- ".join([f"Learning coefficient {', or '.join(found)}", *verdict, *self.warnings])
+
+
+def fit_coefficient(
+    log_nbetas: Float[_Array, " rung"],
+    energies: Float[_Array, " rung"],
+    increments: Float[_Array, " rung-1"],
+    covariance: Float[_Array, "reading reading"],
+    max_multiplicity: int = MAX_MULTIPLICITY,
+) -> LearningCoefficient:
+    """Average over laws for Z(nbeta), each weighted by how well it explains energies and increments of -log Z together.
+
+    A multiplicity m has prior probability in proportion to 2^-m. Roots of P lie about 4.5 below log nbeta of the first rung,
+    within a factor of 2; a correction has an amplitude of about half the largest energy, or none. A law may begin to hold at
+    any rung: each reading left out costs a factor of e, as in Akaike's criterion.
+
+    Args:
+        log_nbetas: increasing, at least `MIN_RUNGS`, the first where the posterior leaves the base measure.
+        energies: E[nbeta (L - L*)].
+        increments: of -log Z from each rung to the next.
+        covariance: of energies and increments, in this order.
+        max_multiplicity: at most the dimension of the weights.
+
+    References:
+        Watanabe (2009), Algebraic Geometry and Statistical Learning Theory, chapter 6, for the expansion of Z;
+        Jay and Neil (2021), Bayesian model averaging for analysis of lattice field theory results, arXiv:2008.01069, for the
+        weights of laws that are fitted to a part of the readings.
+
+    >>> t = np.log(np.geomspace(1e2, 1e6, 7))
+    >>> truth = 0.5 - 1 / (t + 2), np.diff(0.5 * t - np.log(t + 2))
+    >>> found = fit_coefficient(t, *truth, 1e-8 * np.eye(13))
+    >>> found.multiplicity, round(found.coefficient, 2)
+    (2, 0.5)
+    """
+    t, readings = log_nbetas - log_nbetas[0], np.concatenate([energies, increments])
+    fits = list(_fits(t, readings, covariance, 0.5 * np.abs(energies).max(), max_multiplicity))
+    multiplicity, log_weight, coefficient, std_error, probability = np.concatenate(fits, axis=1)
+    weight = np.exp(log_weight - log_weight.max())
+    found = []
+    for m in range(1, max_multiplicity + 1):
+        share = np.where(multiplicity == m, weight, 0.0)
+        mean = share @ coefficient / share.sum()
+        variance = share @ (std_error**2 + (coefficient - mean) ** 2) / share.sum()
+        found.append((share.sum() / weight.sum(), mean, np.sqrt(variance)))
+    return LearningCoefficient(*np.array(found).T, warnings=_warnings(probability[weight.argmax()]))
+
+
+def _fits(
+    t: Float[_Array, " rung"],
+    readings: Float[_Array, " reading"],
+    covariance: Float[_Array, "reading reading"],
+    amplitude: float,
+    max_multiplicity: int,
+) -> Iterator[Float[_Array, "5 polynomial"]]:
+    """Fit laws of every first rung, multiplicity, polynomial and correction.
+
+    Yields multiplicity, log weight, coefficient, its standard error, and the probability of readings as far from the law.
+    """
+    from scipy.stats import chi2
+
+    num_rungs = len(t)
+    for start in range(num_rungs - MIN_RUNGS + 1):
+        kept = np.r_[start:num_rungs, num_rungs + start : 2 * num_rungs - 1]
+        whiten = np.linalg.inv(np.linalg.cholesky(covariance[np.ix_(kept, kept)]))
+        for m in range(1, max_multiplicity + 1):
+            polynomials, prior = _polynomials(m, t[start:])
+            residuals = whiten @ (readings[kept] + polynomials).T
+            for decay in (0.0, *_DECAYS):
+                columns = whiten @ np.stack([_powers(0.0, t[start:]), _powers(decay, t[start:])][: 2 if decay else 1], axis=1)
+                precision = columns.T @ columns + np.diag([0.0, amplitude**-2][: 2 if decay else 1])
+                solution = np.linalg.solve(precision, columns.T @ residuals)
+                squares = np.sum(residuals**2, axis=0) - np.sum(solution * (precision @ solution), axis=0)
+                log_weight = -0.5 * squares - 0.5 * np.linalg.slogdet(precision)[1] - (len(readings) - len(kept))
+                log_weight += np.log(prior * 0.5**m) + (-np.log(2 * len(_DECAYS) * amplitude) if decay else np.log(0.5))
+                std_error = np.sqrt(np.linalg.inv(precision)[0, 0])
+                probability = chi2.sf(squares, len(kept) - m - bool(decay))
+                yield np.stack(np.broadcast_arrays(m, log_weight, solution[0], std_error, probability))
+
+
+def _powers(decay: float, t: Float[_Array, " rung"]) -> Float[_Array, " reading"]:
+    """Read an energy exp(-decay t): itself, and its integrals between rungs."""
+    energy = np.exp(-decay * t)
+    return np.concatenate([energy, -np.diff(energy) / decay if decay else np.diff(t)])
+
+
+def _polynomials(m: int, t: Float[_Array, " rung"]) -> tuple[Float[_Array, "polynomial reading"], Float[_Array, " polynomial"]]:
+    """Read an energy P'(t) / P(t) for P of degree m - 1, which is 1, t + b or (t + b)^2 + split b^2, and weigh each P."""
+    if m == 1:
+        return np.zeros((1, 2 * len(t) - 1)), np.ones(1)
+    splits = (0.0,) if m == 2 else _SPLITS
+    z, split = (x.ravel() for x in np.meshgrid(np.linspace(-2.5, 2.5, 41), splits))
+    b = _ROOT * np.exp(_ROOT_SPREAD * z)[:, None]
+    prior = np.exp(-0.5 * z**2)
+    value, slope = (t + b, np.ones_like(t + b)) if m == 2 else ((t + b) ** 2 + split[:, None] * b**2, 2 * (t + b))
+    return np.concatenate([slope / value, np.diff(np.log(value), axis=1)], axis=1), prior / prior.sum()
+
+
+def _warnings(probability: float) -> tuple[str, ...]:
+    if probability < _MIN_PROBABILITY:
+        return (
+            f"no law fits: readings so far from the best have a probability of {probability:.1g}; the base measure holds "
+            "several phases, or max_nbeta does not reach the asymptotic regime",
+        )
+    return ()
+
+
+_DECAYS = (1 / 6, 1 / 4, 1 / 3, 1 / 2, 1.0)
+_ROOT, _ROOT_SPREAD = 4.5, 0.6
+"""The posterior leaves the base at the first rung, where log Z is still of order 1: P has its roots not far below it."""
+
+_SPLITS = (-0.75, -0.5, -0.25, 0.0, 0.5, 1.0)
+_RESOLVED, _MIN_PROBABILITY = 0.95, 1e-3

@@ -1,0 +1,79 @@
+"""The learning coefficient from exact energies and partition functions, and from ladders."""
+
+import functools
+
+import numpy as np
+import pytest
+
+from slt_interp.analytic import catalogue
+from slt_interp.estimators.coefficient import fit_coefficient
+
+NBETAS = np.geomspace(30.0, 1e7, 12)
+
+
+@functools.cache
+def _exact(name):
+    """Energies at the rungs, and their integrals over log nbeta between them."""
+    energy = catalogue()[name].energy
+    nodes, weights = np.polynomial.legendre.leggauss(4)
+    t = np.log(NBETAS)
+    middle, half = (t[1:] + t[:-1])[:, None] / 2, np.diff(t)[:, None] / 2
+    inside = np.array([[energy(np.exp(x), 1.0) for x in row] for row in middle + half * nodes])
+    return np.array([energy(n, 1.0) for n in NBETAS]), (half[:, 0] * (inside @ weights))
+
+
+def _noisy(name, seed, relative):
+    energies, increments = _exact(name)
+    exact = np.concatenate([energies, increments])
+    size = relative * np.concatenate([energies, np.sqrt(np.diff(np.log(NBETAS))) * energies[1:]])
+    return exact + size * np.random.default_rng(seed).standard_normal(len(exact)), np.diag(size**2)
+
+
+# Energies to 1 % of their value, and as much per root of log nbeta for their integrals: what a ladder of 8 chains gives.
+@pytest.mark.parametrize(
+    "name",
+    [
+        "monomial w1^2 w2^2",
+        "monomial w1^2 w2^4",
+        "monomial w1^4 w2^4",
+        "crossing planes, |u|^2 |v|^2",
+        "ring in 2 dimensions",
+        "deep linear 2-5-2 of rank 0, deepest point",
+        "ReLU unit",
+    ],
+)
+def test_exact_energies_give_back_the_coefficient_and_its_multiplicity(name):
+    problem = catalogue()[name]
+    found = fit_coefficient(np.log(NBETAS), *np.split(np.concatenate(_exact(name)), [len(NBETAS)]), _noisy(name, 0, 0.01)[1])
+    assert found.multiplicity == problem.multiplicity, found
+    assert abs(found.coefficient - problem.rlct) < 2 * found.std_error
+    assert abs(found.coefficient - problem.rlct) < 0.03 * problem.rlct
+    assert not found.warnings
+    assert found.probability.sum() == pytest.approx(1)
+
+
+def test_intervals_cover_in_repeated_experiments():
+    # 40 of 40 to 33 of 40: a binomial with probability .95 has fewer once in 1,000 times.
+    name = "monomial w1^2 w2^2"
+    covered = 0
+    for seed in range(40):
+        readings, covariance = _noisy(name, seed, 0.03)
+        found = fit_coefficient(np.log(NBETAS), *np.split(readings, [len(NBETAS)]), covariance, max_multiplicity=2)
+        covered += found.covers(0.5, 2)
+    assert covered >= 33
+
+
+def test_multiplicities_that_noise_hides_are_all_given():
+    readings, covariance = _noisy("monomial w1^4 w2^4", 0, 0.1)
+    found = fit_coefficient(np.log(NBETAS), *np.split(readings, [len(NBETAS)]), covariance)
+    assert not found.is_resolved
+    assert "do not tell the multiplicity" in str(found)
+    assert found.covers(0.25, 2)
+    assert not found.covers(0.25, 7)
+
+
+def test_energies_that_go_up_and_down_fit_no_law():
+    energies = np.where(np.arange(len(NBETAS)) % 2, 2.0, 3.0)
+    increments = np.diff(np.log(NBETAS)) * 2.5
+    found = fit_coefficient(np.log(NBETAS), energies, increments, 1e-4 * np.eye(2 * len(NBETAS) - 1))
+    assert "no law fits" in str(found)
