@@ -30,7 +30,7 @@ from slt_interp.estimators.calibration import (
     settled_step_size,
 )
 from slt_interp.estimators.llc import DO_NOT_TRUST, LLCEstimate, mean_loss
-from slt_interp.estimators.rounds import FIRST_ROUND, in_rounds, ladder_in_rounds
+from slt_interp.estimators.rounds import in_rounds, ladder_in_rounds
 from slt_interp.estimators.rungs import MAX_WHITENED, Families
 from slt_interp.posterior import LocalPosterior, LossFn, check_target
 from slt_interp.samplers.chains import chain_mesh, sample
@@ -162,7 +162,12 @@ _MATVECS, _PROBES = 64, 2
 _BUDGETS = 200_000, 20_000
 """Up to that dimension, and above."""
 
-_NUM_LEAPFROG, _LONG_LEAPFROG = 8, 32
+_NUM_LEAPFROG, _LONG_LEAPFROG = 8, (128, 256)
+"""Up to `MAX_WHITENED` weights, and above. The narrowest of many thin arms limits the step of all: what crosses an arm in one
+trajectory does so in as many gradients as its length has widths, short ones take the square of that."""
+
+_MIN_LONG = 20
+"""Fewer long trajectories than this are not worth a change."""
 
 _METRIC_PART, _MAX_METRIC = 10, 2000
 """The metric is learned in one of so many parts of the budget, and in at most so many gradients."""
@@ -195,13 +200,14 @@ def _by_hmc(
     """Run HMC on full batches; where checks fail for long, go on otherwise. Also return the slope of `_learn_metric`.
 
     A ladder of temperatures enters the thin arms and flat directions of a singular set from the base measure. It has about
-    sqrt(LLC) log nbeta rungs: where they are too many for the budget, trajectories four times as long take its place.
+    sqrt(LLC) log nbeta rungs: where they are too many for the budget, long trajectories take its place.
     """
     learning = max(1, min(budget // _METRIC_PART, _MAX_METRIC) // _NUM_LEAPFROG)
     kernel, slope = _learn_metric(partial(run, keys["pilot"]), target, families.data, learning)
     spent = learning * _NUM_LEAPFROG
     steps, patience = (budget - spent) // _NUM_LEAPFROG, budget // _PATIENCE // _NUM_LEAPFROG
-    can_turn = budget >= 2 * _LONG_LEAPFROG * FIRST_ROUND
+    long = _LONG_LEAPFROG[dimension(target.center) > MAX_WHITENED]
+    can_turn = budget >= 2 * long * _MIN_LONG
     estimate, draws = rounds(run, keys["chains"], kernel=kernel, steps=steps, patience=patience, gives_up=can_turn)
     spent += estimate.diagnostics["gradients_per_chain"]
     # Where the loss falls away from the center nothing helps.
@@ -212,8 +218,8 @@ def _by_hmc(
             spent += more
         if found is not None:
             kernel, estimate, draws = found
-        elif (left := int((budget - spent) / _LONG_LEAPFROG)) >= FIRST_ROUND:
-            kernel = replace(kernel, num_leapfrog=_LONG_LEAPFROG)
+        elif (left := int((budget - spent) / long)) >= _MIN_LONG:
+            kernel = replace(kernel, num_leapfrog=long)
             estimate, draws = rounds(run, keys["long"], kernel=kernel, steps=left, patience=0)
             spent += estimate.diagnostics["gradients_per_chain"]
     estimate.diagnostics["gradients_per_chain"] = spent
