@@ -7,6 +7,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import Pipe
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -14,6 +15,8 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from slt_interp import analytic
+from slt_interp.bases import Gaussian
+from slt_interp.estimators.coefficient import LearningCoefficient
 from slt_interp.storage import read_run
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -122,3 +125,115 @@ def test_devinterp_over_the_bridge_has_the_law_of_sgld(bridge):
     exact = 0.5 * np.sum((1 - localization / stiffness) / (1 - step_size * stiffness / 4))
     error = np.std(found["per_chain"], ddof=1) / np.sqrt(8)
     assert abs(np.mean(found["per_chain"]) - exact) < 4 * error
+
+
+@pytest.fixture
+def volume_accuracy(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module("volume_accuracy")
+
+
+@pytest.fixture
+def volume_peers(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module("volume_peers")
+
+
+@pytest.mark.slow
+def test_volume_accuracy_scores_every_method(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "volume_accuracy.py"), "smoke", "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    results = read_run(tmp_path / "run").results
+    methods = {"tempering", "rays", "gaussian", "nested sampling", "published rays"}
+    assert results["scores"].keys() == methods
+    assert len(results["rows"]) == 4 * len(methods)
+    for method in methods:
+        mine = [row for row in results["rows"] if row["method"] == method]
+        assert results["scores"][method]["median_error"] == pytest.approx(np.median([abs(row["error"]) for row in mine]))
+        assert method in done.stdout
+    for row in results["rows"]:
+        assert row["error"] == pytest.approx(row["estimate"] - row["exact"])
+        if row["method"] in ("tempering", "nested sampling"):
+            assert abs(row["error_in_std_errors"]) < 4
+    assert results["scores"]["gaussian"]["share_right"] == 0
+    assert results["scores"]["rays"]["share_right"] == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "reason"),
+    [
+        ("gaussian", "is about a Gaussian base measure, not a Box"),
+        ("published rays", "knows the base measure N(0, sigma^2 I) alone"),
+    ],
+)
+def test_method_that_does_not_know_the_base_is_rows_with_the_reason(volume_accuracy, method, reason):
+    rows = volume_accuracy._rows(volume_accuracy.Config(), analytic.monomial([1, 1], in_box=True), method, 0)
+    assert [row["threshold"] for row in rows] == [1e-4, 1e-3, 1e-2, 1e-1]
+    assert all(reason in row["status"] and row["estimate"] is None and not row["knows_base"] for row in rows)
+    assert rows[0]["exact"] == pytest.approx(-2.8815, abs=1e-4)
+    found = volume_accuracy.scores(rows, method)
+    assert (found["num_rows"], found["num_of_other_bases"], found["share_right"]) == (0, 4, None)
+
+
+@pytest.mark.parametrize(
+    ("estimate", "std_error", "is_right"),
+    [(-19.85, None, True), (-20.25, None, False), (-20.25, 0.15, True), (-20.25, 0.3, False), (None, None, False)],
+)
+def test_right_is_close_or_within_honest_errors(volume_accuracy, estimate, std_error, is_right):
+    error = None if estimate is None else estimate + 20
+    row = {"estimate": estimate, "exact": -20.0, "std_error": std_error, "error": error}
+    assert volume_accuracy._is_right(row) is is_right
+
+
+def test_coefficients_of_ladders_are_read_and_scored(volume_accuracy, monkeypatch):
+    found = LearningCoefficient(np.array([0.9, 0.1]), np.array([0.51, 0.6]), np.array([0.01, 0.02]))
+    ladder = SimpleNamespace(learning_coefficient=lambda: found, gradients_per_chain=10.0, loss=np.zeros((3, 8, 5)))
+    monkeypatch.setattr(volume_accuracy, "catalogue", lambda: {"q": analytic.quadratic([1.0]), "m": analytic.monomial([1, 1])})
+    monkeypatch.setattr(volume_accuracy, "temper", lambda *_, **__: ladder)
+    regular, singular = (volume_accuracy._measure_coefficient(volume_accuracy.Config(), name)[0] for name in ("q", "m"))
+    assert (regular["coefficient"], regular["multiplicity"], regular["num_gradients"]) == (0.51, 1, 80.0)
+    assert (regular["true_coefficient"], regular["true_multiplicity"], regular["is_covered"]) == (0.5, 1, True)
+    assert (singular["true_multiplicity"], singular["is_covered"]) == (2, False)
+    json.dumps([regular, singular], allow_nan=False)
+    scores = volume_accuracy.coefficient_scores([regular, singular, regular | {"problem": "lost", "coefficient": None}])
+    assert scores["not_covered"] == [singular["problem"]]
+    assert scores["share_multiplicity_right_up_to_2"] == pytest.approx(2 / 3)
+    assert scores["off_by_3_percent_at_multiplicity_1"] == ["lost"]
+
+
+@pytest.mark.parametrize("dimension", [2, 3, 4])
+def test_published_estimator_is_exact_on_an_isotropic_quadratic(volume_peers, key, dimension):
+    problem = analytic.quadratic([2.0] * dimension)
+    found = volume_peers.published_rays(key, problem, 0.1, num_rays=100, tolerance=1e-6)
+    # Radii to 1e-6, of which d count, and losses in float32.
+    assert found.log_volume[0] == pytest.approx(problem.log_volume(0.1), abs=1e-5)
+    assert np.isnan(found.std_error[0])
+
+
+def test_published_estimator_returns_a_radius_beyond_the_one_it_accepted(volume_peers, key):
+    problem = analytic.quadratic([1.0] * 3)
+    # Of 1, 1/2, 3/4, ... the second is accepted.
+    found = volume_peers.published_rays(key, problem, 0.501**2 / 2, num_rays=10)
+    assert found.log_volume[0] == pytest.approx(problem.log_volume(0.75**2 / 2), abs=1e-5)
+
+
+def test_published_estimator_loses_the_base_measure_when_it_is_centered_elsewhere(volume_peers, key):
+    def everything(w, batch):
+        return 0.0 * w.sum()
+
+    at, away = (
+        analytic.AnalyticProblem("everything", everything, np.full(20, x, np.float32), "", base=Gaussian(0.0, 1.0))
+        for x in (0, 3)
+    )
+    assert volume_peers.published_rays(key, at, 0.1).log_volume[0] == pytest.approx(0, abs=1e-6)
+    assert volume_peers.published_rays(key, away, 0.1).log_volume[0] < -1
+
+
+@pytest.mark.slow
+def test_nested_sampler_stops_at_its_budget(volume_peers, key):
+    problem = analytic.monomial([1, 1])
+    found = volume_peers.nested_sampling(key, problem, np.array([1e-12, 0.1]), num_live=100, max_losses=10_000)
+    assert np.isnan(found.log_volume[0])
+    assert abs(found.log_volume[1] - problem.log_volume(0.1)) < 4 * found.std_error[1]
+    assert 10_000 <= found.num_losses < 20_000

@@ -1,6 +1,6 @@
 """Losses whose answers are known exactly: to test samplers and estimators, and to learn what they should say."""
 
-from slt_interp.analytic.catalogue import catalogue
+from slt_interp.analytic.catalogue import catalogue, volume_catalogue
 from slt_interp.analytic.deep_linear import deep_linear, deep_linear_local_rlct, deep_linear_rlct
 from slt_interp.analytic.networks import (
     dead_relu,
@@ -15,12 +15,13 @@ from slt_interp.analytic.networks import (
 )
 from slt_interp.analytic.problem import AnalyticProblem
 from slt_interp.analytic.products import Product, monomial, power_sum, quadratic, sum_of_products
-from slt_interp.analytic.surfaces import cusp, double_well, hyperbola, linear_regression, ring
+from slt_interp.analytic.surfaces import crossing_discs, cusp, double_well, hyperbola, linear_regression, ring
 
 __all__ = [
     "AnalyticProblem",
     "Product",
     "catalogue",
+    "crossing_discs",
     "cusp",
     "dead_relu",
     "deep_linear",
@@ -42,4 +43,5 @@ __all__ = [
     "two_component_mixture",
     "vandermonde",
     "vandermonde_rlct",
+    "volume_catalogue",
 ]

@@ -1,6 +1,7 @@
-"""The problems with exact answers, one of each kind and size that estimators are scored on."""
+"""The problems with exact answers, one of each kind and size that estimators are scored on: of the LLC, and of volumes."""
 
 import functools
+from dataclasses import replace
 from types import MappingProxyType
 
 import jax
@@ -18,7 +19,8 @@ from slt_interp.analytic.networks import (
 )
 from slt_interp.analytic.problem import AnalyticProblem
 from slt_interp.analytic.products import Product, monomial, power_sum, quadratic, sum_of_products
-from slt_interp.analytic.surfaces import cusp, double_well, hyperbola, linear_regression, ring
+from slt_interp.analytic.surfaces import crossing_discs, cusp, double_well, hyperbola, linear_regression, ring
+from slt_interp.bases import Ball, Box
 
 _SINGULAR = Product((1, 1), (1, 1))
 _REGULAR = Product((1,), (1,), 0.5)
@@ -90,3 +92,43 @@ def catalogue() -> MappingProxyType[str, AnalyticProblem]:
         toy_superposition(6),
     ]
     return MappingProxyType({problem.name: problem for problem in problems})
+
+
+@functools.cache
+def volume_catalogue() -> MappingProxyType[str, AnalyticProblem]:
+    """List problems with exact volumes by name: of each kind under a Gaussian base measure, in a box, in a ball.
+
+    >>> problem = volume_catalogue()["x2y2_box_a2"]
+    >>> problem.base, round(problem.log_volume(1e-4), 4)
+    (Box(low=-2.0, high=2.0), -4.0468)
+    """
+    key = functools.partial(jax.random.fold_in, jax.random.key(1))
+    unit, name = Box(-1.0, 1.0), "volume"
+    problems = {
+        "quad_iso_ball_d4": quadratic([2.0] * 4, base=Ball(0.0, 1.0)),
+        "quad_iso_gauss_d10": quadratic([1.0] * 10),
+        "quad_iso_gauss_d100": quadratic([1.0] * 100),
+        "quad_aniso_box_d4": quadratic([1.0, 2.0, 5.0, 10.0], base=unit),
+        "quad_rank3_gauss_d10": quadratic([1.0] * 3 + [0.0] * 7),
+        "quartic_1d_box": monomial([2], in_box=True),
+        "quartic_1d_gauss": monomial([2]),
+        "x2_plus_y4_box": power_sum([1, 2], in_box=True),
+        "x2_plus_y4_gauss": power_sum([1, 2]),
+        "x2y2_box": monomial([1, 1], in_box=True),
+        "x2y2_gauss": monomial([1, 1]),
+        "x2y2_box_a2": sum_of_products([_SINGULAR], base=Box(-2.0, 2.0), name=name),
+        "xyz_sq_box": monomial([1, 1, 1], in_box=True),
+        "x2y4_box": monomial([1, 2], in_box=True),
+        "x2y2_plus_z2_box": sum_of_products([_SINGULAR, Product((1,), (1,))], base=unit, name=name),
+        "ring_box_a2": ring(in_box=True),
+        "ring_gauss": ring(),
+        "ab_minus1_box_a2": hyperbola(in_box=True),
+        "ab_minus1_gauss": hyperbola(),
+        "u2v2_p2q2_gauss": sum_of_products([Product((2, 2), (1, 1))], name=name),
+        "u2v2_p2q2_balls": crossing_discs(),
+        "double_well_box_a2": double_well(),
+        "xyblocks_n10_q0_gauss": sum_of_products([_SINGULAR] * 10, key=key(1), name=name),
+        "xyblocks_n50_q0_gauss": sum_of_products([_SINGULAR] * 50, key=key(2), name=name),
+        "xyblocks_n10_q20_gauss": sum_of_products([_SINGULAR] * 10 + [_REGULAR] * 20, key=key(3), name=name),
+    }
+    return MappingProxyType({name: replace(problem, name=name) for name, problem in problems.items()})

@@ -125,6 +125,27 @@ def double_well() -> AnalyticProblem:
     )
 
 
+def crossing_discs() -> AnalyticProblem:
+    """Make |u|^2 |v|^2 for u and v uniform in unit discs, in coordinates where their base measure is N(0, I).
+
+    u = x (1 - exp(-|x|^2 / 2))^(1/2) / |x| is uniform for x ~ N(0, I) in the plane, and so is v for y: losses have the law that
+    they have on the discs, and the minima are two crossing planes.
+
+    >>> round(crossing_discs().log_volume(0.1), 4)
+    -1.1079
+    """
+    return AnalyticProblem(
+        name="crossing discs",
+        loss_fn=_crossing_discs,
+        center=jnp.zeros(4),
+        source="|u|^2 and |v|^2 are uniform on [0, 1]",
+        rlct=1.0,
+        multiplicity=2,
+        base=Gaussian(0.0, 1.0),
+        log_volume=lambda threshold: float(np.log(threshold * (1 - np.log(threshold)))) if threshold < 1 else 0.0,
+    )
+
+
 def cusp() -> AnalyticProblem:
     """Make (y^2 - x^3)^2 at its singular point, the origin.
 
@@ -197,6 +218,10 @@ def _hyperbola(w: Float[Array, "2"], batch: None) -> Float[Array, ""]:
 
 def _double_well(w: Float[Array, "1"], batch: None) -> Float[Array, ""]:
     return (w[0] ** 2 - 1) ** 2
+
+
+def _crossing_discs(w: Float[Array, "4"], batch: None) -> Float[Array, ""]:
+    return jnp.expm1(-jnp.sum(w[:2] ** 2) / 2) * jnp.expm1(-jnp.sum(w[2:] ** 2) / 2)
 
 
 def _cusp(w: Float[Array, "2"], batch: None) -> Float[Array, ""]:

@@ -6,11 +6,16 @@ import numpy as np
 import pytest
 
 from slt_interp import analytic
+from slt_interp.bases import Ball, Box
 from slt_interp.errors import InputError
 from slt_interp.tree import normal_like
 
 CATALOGUE = analytic.catalogue()
 SMALL = [name for name, problem in CATALOGUE.items() if problem.dimension <= 40]
+
+
+def centered_box(half_width):
+    return Box(-half_width, half_width)
 
 
 def excess(problem, draws):
@@ -77,6 +82,50 @@ def test_volume_and_partition_function_are_those_of_draws_from_the_base(key, nam
         assert abs(np.exp(problem.log_partition(nbeta)) - boltzmann.mean()) < 4 * boltzmann.std() / np.sqrt(len(k))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", analytic.volume_catalogue())
+def test_volume_of_the_catalogue_is_that_of_draws_from_the_base(key, name):
+    problem = analytic.volume_catalogue()[name]
+    exact, count = np.exp(problem.log_volume(0.1)), 100_000
+    draws = jax.vmap(lambda k: problem.base.sample(k, problem.center))(jax.random.split(key, count))
+    share = np.mean(excess(problem, draws) <= 0.1)
+    # Where hardly a draw is expected this says that there is hardly one: a Poisson number.
+    assert abs(share - exact) < 4 * np.sqrt(exact * (1 - exact) / count) + 4 / count
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        pytest.param(analytic.power_sum([2, 2, 1]), id="quartics"),
+        pytest.param(analytic.quadratic([1.0, 0.0, 4.0], base=centered_box(0.5)), id="flat direction in a box"),
+        pytest.param(
+            analytic.sum_of_products(
+                [analytic.Product((1, 1), (1, 2), 3.0), analytic.Product((1,), (2,)), analytic.Product((1,), (1,), 0.5)],
+                base=centered_box(2.0),
+                name="crossing and curves",
+            ),
+            id="crossing and curves in a box",
+        ),
+        pytest.param(analytic.quadratic([1.0, 3.0], key=jax.random.key(5), base=Ball(0.0, 2.0)), id="rotated in a ball"),
+        pytest.param(analytic.monomial([2], in_box=True), id="one coordinate"),
+    ],
+)
+def test_volumes_beyond_the_table_are_those_of_draws(problem, key):
+    draws = jax.vmap(lambda k: problem.base.sample(k, problem.center))(jax.random.split(key, 100_000))
+    k = excess(problem, draws)
+    for threshold in (0.02, 0.1):
+        share = np.exp(problem.log_volume(threshold))
+        assert abs(share - np.mean(k <= threshold)) < 4 * np.sqrt(share * (1 - share) / len(k))
+
+
+def test_volumes_are_unknown_where_the_base_cuts_the_sublevel_set():
+    assert np.isnan(analytic.quadratic([1.0], base=Ball(0.0, 1.0)).log_volume(0.6))
+    assert np.isnan(analytic.quadratic([1.0, 2.0], base=centered_box(1.0)).log_volume(0.6))
+    assert analytic.monomial([2], in_box=True).log_volume(2.0) == 0
+    two = analytic.sum_of_products([analytic.Product((1, 1), (1, 1))] * 2, base=centered_box(1.0), name="two crossings")
+    assert two.log_volume is None
+
+
 def test_energies_tend_to_the_learning_coefficient():
     for problem in CATALOGUE.values():
         if problem.energy and problem.multiplicity == 1 and problem.rlct:
@@ -131,6 +180,10 @@ def test_rotation_changes_no_loss(key):
         (lambda: analytic.vandermonde_rlct(0, 1), "must be at least 1"),
         (lambda: analytic.toy_superposition(4), "5 or 6"),
         (lambda: analytic.sum_of_products([analytic.Product((1, 1), (1,))], name="x"), "as many positive dims"),
+        (lambda: analytic.quadratic([1.0], base=Box(0.0, 1.0)), r"known in Box\(-a, a\) and Ball\(0, r\)"),
+        (lambda: analytic.quadratic([1.0], base=Box(-1.0, jnp.ones(1))), r"with numbers a and r"),
+        (lambda: analytic.quadratic([1.0, 0.0], base=Ball(0.0, 1.0)), "c > 0 alone"),
+        (lambda: analytic.quadratic([1.0], key=jax.random.key(0), base=Box(-1.0, 1.0)), "leave out the key, or the base"),
     ],
 )
 def test_bad_input_is_one_sentence(make, message):

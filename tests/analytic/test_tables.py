@@ -10,13 +10,11 @@ from scipy.integrate import dblquad
 
 from slt_interp import analytic
 from slt_interp.analytic import integrals
-from slt_interp.analytic.products import Product
 
 DATA = Path(__file__).parents[1] / "data"
 LLC = {case["id"]: case for case in json.loads((DATA / "llc.json").read_text())}
 VOLUME = {case["id"]: case for case in json.loads((DATA / "volume.json").read_text())["cases"]}
 KEY = jax.random.key(0)
-SINGULAR, REGULAR = Product((1, 1), (1, 1)), Product((1,), (1,), 0.5)
 
 
 def coefficient(case):
@@ -45,7 +43,7 @@ def coefficient(case):
             problem = {
                 "poly_x2_y4": lambda: analytic.power_sum([1, 2]),
                 "poly_sum_regular_d": lambda: analytic.quadratic([2.0] * 4),
-                "line_x_plane": lambda: analytic.sum_of_products([Product((1, 2), (1, 1))], name="line and plane"),
+                "line_x_plane": lambda: analytic.sum_of_products([analytic.Product((1, 2), (1, 1))], name="line and plane"),
                 "gmm_mix_fixed_mean": analytic.gaussian_mixture,
                 "gmm_2comp_true1": analytic.two_component_mixture,
                 "relu_1unit_true0": analytic.relu_unit,
@@ -141,32 +139,9 @@ def test_energies_of_mixtures_do_not_depend_on_their_nodes(make, monkeypatch):
     assert [problem.energy(*setting) for setting in settings] == pytest.approx(expected, rel=1e-6)
 
 
-PROBLEMS = {
-    "quad_iso_gauss_d10": lambda: analytic.quadratic([1.0] * 10),
-    "quad_iso_gauss_d100": lambda: analytic.quadratic([1.0] * 100),
-    "quad_rank3_gauss_d10": lambda: analytic.quadratic([1.0] * 3 + [0.0] * 7),
-    "quartic_1d_box": lambda: analytic.monomial([2], in_box=True),
-    "quartic_1d_gauss": lambda: analytic.monomial([2]),
-    "x2_plus_y4_box": lambda: analytic.power_sum([1, 2], in_box=True),
-    "x2y2_box": lambda: analytic.monomial([1, 1], in_box=True),
-    "x2y2_gauss": lambda: analytic.monomial([1, 1]),
-    "xyz_sq_box": lambda: analytic.monomial([1, 1, 1], in_box=True),
-    "x2y4_box": lambda: analytic.monomial([1, 2], in_box=True),
-    "ring_box_a2": lambda: analytic.ring(in_box=True),
-    "ring_gauss": lambda: analytic.ring(),
-    "ab_minus1_box_a2": lambda: analytic.hyperbola(in_box=True),
-    "ab_minus1_gauss": lambda: analytic.hyperbola(),
-    "u2v2_p2q2_gauss": lambda: analytic.sum_of_products([Product((2, 2), (1, 1))], name="planes"),
-    "double_well_box_a2": lambda: analytic.double_well(),
-    "xyblocks_n10_q0_gauss": lambda: analytic.sum_of_products([SINGULAR] * 10, key=KEY, name="blocks"),
-    "xyblocks_n50_q0_gauss": lambda: analytic.sum_of_products([SINGULAR] * 50, key=KEY, name="blocks"),
-    "xyblocks_n10_q20_gauss": lambda: analytic.sum_of_products([SINGULAR] * 10 + [REGULAR] * 20, key=KEY, name="blocks"),
-}
-
-
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("name", VOLUME)
 def test_volumes_and_partition_functions_are_those_of_the_table(name):
-    case, problem = VOLUME[name], PROBLEMS[name]()
+    case, problem = VOLUME[name], analytic.volume_catalogue()[name]
     assert problem.dimension == case["d"]
     assert (problem.rlct, problem.multiplicity) == (case["lambda_"], case["m"])
     for threshold, value in case["logV"].items():
