@@ -112,11 +112,11 @@ def test_budget_is_spent_where_checks_fail_and_long_trajectories_have_their_part
         return sample(key, kernel, **settings)
 
     monkeypatch.setattr(sys.modules[estimate_llc.__module__], "sample", recorded)
-    for budget, expected in ((4000, {8}), (12_000, {8, 32})):
+    for budget, expected in ((4000, {8}), (12_000, {8, 128})):
         settings = {"nbeta": 1e5, "max_gradients": budget, "progress": False}
         estimate = estimate_llc(key, problem.loss_fn, problem.center, None, **settings)
         assert estimate.status == "do not trust"
-        assert budget - 32 < estimate.diagnostics["gradients_per_chain"] <= budget
+        assert budget - max(expected) < estimate.diagnostics["gradients_per_chain"] <= budget
         assert lengths == expected
 
 
