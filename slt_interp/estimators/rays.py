@@ -203,7 +203,9 @@ def _log_sphere(size: int) -> float:
 def _peak(rate: np.ndarray, curvature: np.ndarray, size: int) -> np.ndarray:
     """Where r^(d-1) exp(-rate r - curvature r^2 / 2) is largest."""
     root = np.sqrt(rate**2 + 4 * curvature * (size - 1))
-    return np.where(rate > 0, 2 * (size - 1) / (root + np.abs(rate)), (root - rate) / (2 * curvature))
+    # On a line, where the rate is 0, the form that is not chosen is 0 / 0.
+    with np.errstate(invalid="ignore"):
+        return np.where(rate > 0, 2 * (size - 1) / (root + np.abs(rate)), (root - rate) / (2 * curvature))
 
 
 def _reach(peak: np.ndarray, curvature: np.ndarray, size: int) -> np.ndarray:

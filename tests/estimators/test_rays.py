@@ -22,6 +22,7 @@ def nothing(w, batch):
     [
         (Gaussian(1.0, 0.5), 3),
         (Gaussian(-0.7, 2.0), 1),
+        (Gaussian(0.0, 1.0), 1),
         pytest.param(Gaussian(0.1, jnp.geomspace(0.1, 10.0, 30)), 30, marks=pytest.mark.slow),
         (Box(-1.0, 2.0), 3),
         (Ball(0.3, 1.0), 3),
