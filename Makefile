@@ -25,7 +25,7 @@ test: install
 test-all: install
 	$(BIN)/python -m pytest -m '' $(WHOLE_STUDIES)
 	$(BIN)/python -m pytest -n 2 --ignore=$(WHOLE_STUDIES)
-	$(BIN)/python -m pytest -m slow -n 2 --ignore=$(WHOLE_STUDIES)
+	$(BIN)/python -m pytest -m slow -n 2 --dist worksteal --ignore=$(WHOLE_STUDIES)
 
 lint: install
 	$(BIN)/ruff format --check .

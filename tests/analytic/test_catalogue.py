@@ -126,6 +126,7 @@ def test_volumes_are_unknown_where_the_base_cuts_the_sublevel_set():
     assert two.log_volume is None
 
 
+@pytest.mark.slow
 def test_energies_tend_to_the_learning_coefficient():
     for problem in CATALOGUE.values():
         if problem.energy and problem.multiplicity == 1 and problem.rlct:

@@ -114,6 +114,7 @@ def test_energy_of_the_mixture_in_its_box_is_that_of_adaptive_quadrature(localiz
     assert analytic.gaussian_mixture().energy(nbeta, localization) == pytest.approx(mean, rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("nbeta", "localization"), [(100.0, 4.0), (1000.0, 25.0)])
 def test_energy_of_two_components_is_that_of_a_plain_grid(nbeta, localization):
     # Both mixture weights and means as they are, where the package rotates and rescales them.
@@ -129,6 +130,7 @@ def test_energy_of_two_components_is_that_of_a_plain_grid(nbeta, localization):
     assert analytic.two_component_mixture().energy(nbeta, localization) == pytest.approx(mean / total, rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [analytic.gaussian_mixture, analytic.two_component_mixture])
 def test_energies_of_mixtures_do_not_depend_on_their_nodes(make, monkeypatch):
     settings = [(nbeta, localization) for nbeta in (1e3, 1e5) for localization in (1.0, 100.0)]

@@ -52,6 +52,7 @@ def test_exact_energies_give_back_the_coefficient_and_its_multiplicity(name):
     assert found.probability.sum() == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_intervals_cover_in_repeated_experiments():
     # 40 of 40 to 33 of 40: a binomial with probability .95 has fewer once in 1,000 times.
     name = "monomial w1^2 w2^2"

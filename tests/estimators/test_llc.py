@@ -125,6 +125,7 @@ def test_step_size_does_not_depend_on_frozen_coordinates(key):
     assert 0.01 < steps[0] * 101 < 0.5
 
 
+@pytest.mark.slow
 def test_step_search_ends_where_rounding_hides_the_difference(key):
     params = 3 * jnp.ones(4, jnp.bfloat16)
     target = LocalPosterior(lambda w, b: 1000.0 + jnp.sum((w - 3) ** 2), params, 1e6, 1.0)
