@@ -56,7 +56,7 @@ class Config:
 
 SMOKE = Config(
     problems=("quartic_1d_gauss",),
-    methods=tuple(method for method in METHODS if method != "subset"),
+    methods=tuple(method for method in METHODS if method not in ("tempering", "subset")),
     num_seeds=1,
     num_live=200,
     coefficients=(),
