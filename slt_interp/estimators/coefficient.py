@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
+from slt_interp.errors import InputError
+
 _Array = np.ndarray
 
 MAX_MULTIPLICITY = 3
@@ -75,6 +77,9 @@ class LearningCoefficient:
         return "\n- ".join([f"Learning coefficient {', or '.join(found)}", *verdict, *self.warnings])
 
 
+OF_CONSTANT_LOSS = LearningCoefficient(np.ones(1), np.zeros(1), np.zeros(1))
+
+
 def fit_coefficient(
     log_nbetas: Float[_Array, " rung"],
     energies: Float[_Array, " rung"],
@@ -95,6 +100,13 @@ def fit_coefficient(
         covariance: of energies and increments, in this order.
         max_multiplicity: at most the dimension of the weights.
 
+    Returns:
+        Coefficients, standard errors and probabilities of multiplicity 1 to `max_multiplicity`; coefficient 0 of multiplicity 1
+        where energies are all 0, as those of a constant loss.
+
+    Raises:
+        InputError: for fewer rungs than `MIN_RUNGS`, unless energies are all 0.
+
     References:
         Watanabe (2009), Algebraic Geometry and Statistical Learning Theory, chapter 6, for the expansion of Z;
         Jay and Neil (2021), Bayesian model averaging for analysis of lattice field theory results, arXiv:2008.01069, for the
@@ -106,16 +118,23 @@ def fit_coefficient(
     >>> found.multiplicity, round(found.coefficient, 2)
     (2, 0.5)
     """
+    if not np.any(energies):
+        return OF_CONSTANT_LOSS
+    if len(log_nbetas) < MIN_RUNGS:
+        raise InputError(
+            f"a learning coefficient needs energies at {MIN_RUNGS} rungs, but there are {len(log_nbetas)}: add rungs"
+        )
     t, readings = log_nbetas - log_nbetas[0], np.concatenate([energies, increments])
     fits = list(_fits(t, readings, covariance, 0.5 * np.abs(energies).max(), max_multiplicity))
     multiplicity, log_weight, coefficient, std_error, probability = np.concatenate(fits, axis=1)
     weight = np.exp(log_weight - log_weight.max())
     found = []
     for m in range(1, max_multiplicity + 1):
-        share = np.where(multiplicity == m, weight, 0.0)
-        mean = share @ coefficient / share.sum()
-        variance = share @ (std_error**2 + (coefficient - mean) ** 2) / share.sum()
-        found.append((share.sum() / weight.sum(), mean, np.sqrt(variance)))
+        of_m = multiplicity == m
+        share = np.exp(np.where(of_m, log_weight - log_weight[of_m].max(), -np.inf))
+        share /= share.sum()
+        mean = share @ coefficient
+        found.append((weight[of_m].sum() / weight.sum(), mean, np.sqrt(share @ (std_error**2 + (coefficient - mean) ** 2))))
     return LearningCoefficient(*np.array(found).T, warnings=_warnings(probability[weight.argmax()]))
 
 
@@ -180,7 +199,10 @@ def _warnings(probability: float) -> tuple[str, ...]:
 
 _DECAYS = (1 / 6, 1 / 4, 1 / 3, 1 / 2, 1.0)
 _ROOT, _ROOT_SPREAD = 4.5, 0.6
-"""The posterior leaves the base at the first rung, where log Z is still of order 1: P has its roots not far below it."""
+"""The posterior leaves the base at the first rung, where log Z is still of order 1: P has its roots not far below it.
+
+The numbers are those of the catalogue, whose roots lie 2 to 8 below: they are a summary of known problems, not a derivation.
+"""
 
 _SPLITS = (-0.75, -0.5, -0.25, 0.0, 0.5, 1.0)
 _RESOLVED, _MIN_PROBABILITY = 0.95, 1e-3

@@ -5,7 +5,7 @@
    control variate, run again at half the step size.
 3. Rounds, each of which doubles the run, until the error bar is small and no check fails, or the budget is spent. Where checks
    still fail at the first look after a fifth of it, a ladder of nbeta, whose draws enter thin arms of a singular set from the
-   base measure, or trajectories four times as long where the ladder would have too many rungs.
+   base measure, or long trajectories where the ladder would have too many rungs.
    Burn-in is the shortest of three parts of the run after which nothing drifts.
 """
 

@@ -15,7 +15,13 @@ from jaxtyping import Bool, Float, Int
 
 from slt_interp.bases import Base
 from slt_interp.errors import InputError
-from slt_interp.estimators.coefficient import MAX_MULTIPLICITY, MIN_RUNGS, LearningCoefficient, fit_coefficient
+from slt_interp.estimators.coefficient import (
+    MAX_MULTIPLICITY,
+    MIN_RUNGS,
+    OF_CONSTANT_LOSS,
+    LearningCoefficient,
+    fit_coefficient,
+)
 from slt_interp.estimators.llc import DO_NOT_TRUST, OK, family_limit
 from slt_interp.estimators.reweighting import Reweighting, block_sums
 from slt_interp.estimators.rungs import MIN_EXCHANGE
@@ -181,13 +187,15 @@ class Ladder:
         """
         num_chains, num_draws = self.loss.shape[1:]
         picked = np.unique(np.linspace(1, len(self.nbetas) - 1, _NUM_READ).round().astype(int))
+        energy = self.nbetas[picked, None, None] * (self.mean_loss[picked] - self.lowest_loss)
+        if not energy.any():
+            return replace(OF_CONSTANT_LOSS, warnings=self.warnings)
         num_samples, num_readings = num_chains * _NUM_BLOCKS, 2 * len(picked) - 1
         if len(picked) < MIN_RUNGS or num_draws < _NUM_BLOCKS or num_samples < num_readings + 4:
             raise InputError(
                 f"a learning coefficient needs {MIN_RUNGS} rungs above the base, 4 chains and {_NUM_BLOCKS} draws, but this "
                 f"ladder has {len(self.nbetas) - 1}, {num_chains} and {num_draws}: raise max_nbeta, num_chains or num_draws"
             )
-        energy = self.nbetas[picked, None, None] * (self.mean_loss[picked] - self.lowest_loss)
         means = energy.mean(axis=(1, 2))
         moved = block_sums(energy - means[:, None, None], _NUM_BLOCKS).T / energy[0].size
         samples = np.concatenate([moved, np.diff(self._pooled.influences(_NUM_BLOCKS)[:, picked], axis=1)], axis=1)

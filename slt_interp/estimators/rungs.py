@@ -38,7 +38,7 @@ CHUNK = 50
 """Draws between two looks of the host, and of a trial."""
 
 MIN_DRAWS, BURNIN_PER_RUNG = 300, 4
-"""Fewer draws of a ladder than this are not worth finding it; as many steps for each rung come before the first draw."""
+"""Fewer draws than 300 are not worth finding a ladder; four steps for each of its rungs come before the first draw."""
 
 
 @dataclass(frozen=True)

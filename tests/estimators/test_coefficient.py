@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from slt_interp.analytic import catalogue
+from slt_interp.errors import InputError
 from slt_interp.estimators.coefficient import fit_coefficient
 
 NBETAS = np.geomspace(30.0, 1e7, 12)
@@ -29,6 +30,9 @@ def _noisy(name, seed, relative):
     return exact + size * np.random.default_rng(seed).standard_normal(len(exact)), np.diag(size**2)
 
 
+_FAR_ROOTS = pytest.mark.xfail(strict=True, reason="the asymptotic law begins above nbeta 1e7, or its multiplicity is beyond 3")
+
+
 # Energies to 1 % of their value, and as much per root of log nbeta for their integrals: what a ladder of 8 chains gives.
 @pytest.mark.parametrize(
     "name",
@@ -40,6 +44,8 @@ def _noisy(name, seed, relative):
         "ring in 2 dimensions",
         "deep linear 2-5-2 of rank 0, deepest point",
         "ReLU unit",
+        pytest.param("cusp", marks=_FAR_ROOTS),
+        pytest.param("10 singular blocks", marks=_FAR_ROOTS),
     ],
 )
 def test_exact_energies_give_back_the_coefficient_and_its_multiplicity(name):
@@ -54,7 +60,7 @@ def test_exact_energies_give_back_the_coefficient_and_its_multiplicity(name):
 
 @pytest.mark.slow
 def test_intervals_cover_in_repeated_experiments():
-    # 40 of 40 to 33 of 40: a binomial with probability .95 has fewer once in 1,000 times.
+    # Of 40 intervals of 95 % fewer than 33 cover less than once in 1,000 times.
     name = "monomial w1^2 w2^2"
     covered = 0
     for seed in range(40):
@@ -62,6 +68,38 @@ def test_intervals_cover_in_repeated_experiments():
         found = fit_coefficient(np.log(NBETAS), *np.split(readings, [len(NBETAS)]), covariance, max_multiplicity=2)
         covered += found.covers(0.5, 2)
     assert covered >= 33
+
+
+@pytest.mark.slow
+def test_intervals_cover_over_the_catalogue():
+    # The named failures included: the share that this package promises. A problem's five experiments agree with one another,
+    # so that the limit is the promise itself and not a binomial's.
+    minutes = "tanh network", "Vandermonde", "Gaussian mixture"  # of quadrature for 56 energies
+    small = [p for p in catalogue().values() if p.energy and p.rlct and p.dimension <= 20 and not p.name.startswith(minutes)]
+    small = [p for p in small if not (p.base and p.base.is_bounded)]
+    covered = []
+    for problem in small:
+        for seed in range(5):
+            readings, covariance = _noisy(problem.name, seed, 0.01)
+            found = fit_coefficient(np.log(NBETAS), *np.split(readings, [len(NBETAS)]), covariance, min(3, problem.dimension))
+            covered.append(found.covers(problem.rlct, problem.multiplicity))
+    assert len(small) > 20
+    assert np.mean(covered) >= 0.85
+
+
+def test_precise_readings_and_constant_losses_divide_by_no_zero():
+    t = np.log(NBETAS)
+    found = fit_coefficient(t, np.full(12, 5.0), 5.0 * np.diff(t), 1e-14 * np.eye(23))
+    assert found.multiplicity == 1
+    assert found.coefficient == pytest.approx(5.0, abs=1e-6)
+    assert np.all(np.isfinite([found.coefficients, found.std_errors]))
+    constant = fit_coefficient(t, np.zeros(12), np.zeros(11), np.zeros((23, 23)))
+    assert (constant.coefficient, constant.multiplicity, constant.std_error) == (0.0, 1, 0.0)
+
+
+def test_too_few_rungs_are_named():
+    with pytest.raises(InputError, match="needs energies at 4 rungs, but there are 3"):
+        fit_coefficient(np.log(NBETAS[:3]), np.ones(3), np.ones(2), np.eye(5))
 
 
 def test_multiplicities_that_noise_hides_are_all_given():
