@@ -60,6 +60,10 @@ every_kernel = pytest.mark.parametrize(
     ],
 )
 
+# For what the loop around kernels does: one of each kind of state. What a kernel could get wrong there, its checkpoint, has a
+# test on every kernel.
+kinds_of_kernel = pytest.mark.parametrize("name", ["SGLD", "SGNHT", "NUTS"])
+
 
 def loss_fn(params, batch):
     ((weight, rest),) = params["layers"]
@@ -182,7 +186,7 @@ def test_chunks_interruptions_and_other_numbers_change_no_bit_and_compile_nothin
 
 
 @pytest.mark.slow
-@every_kernel
+@kinds_of_kernel
 def test_devices_and_blocks_change_rounding_only(key, name):
     kernel = build(name)
     mesh = chain_mesh(4)
@@ -300,7 +304,7 @@ run(jax.random.key(0), build(sys.argv[2]), num_draws=4000, chunk_size=20, checkp
 
 
 @pytest.mark.slow
-@every_kernel
+@kinds_of_kernel
 def test_run_that_was_killed_goes_on_bit_for_bit(key, name, tmp_path):
     root = str(Path(__file__).parents[2])
     child = subprocess.Popen([sys.executable, "-c", CHILD, root, name, str(tmp_path)], stdout=subprocess.DEVNULL)
