@@ -1,8 +1,9 @@
 """The cases on which estimates are known to fail, each at one nbeta and localization, with a value to compare with.
 
 Thin arms, which chains hardly enter; minibatches at a singular point; a ReLU network; a deep linear network with many flat
-directions; deep linear networks at their deepest points, beside Aoyagi's coefficient. Where neither quadrature nor coefficient
-is known the value is that of a long run of NUTS on the full batch, with its own error.
+directions; deep linear networks at their deepest points, beside Aoyagi's coefficient, and large ones at smooth points, with a
+small budget. Where neither quadrature nor coefficient is known the value is that of a long run of NUTS on the full batch, with
+its own error.
 """
 
 from dataclasses import dataclass
@@ -57,6 +58,7 @@ def hard_cases() -> tuple[HardCase, ...]:
         HardCase(network, customary_nbeta(_NUM_EXAMPLES), 1.0, network, num_draws=600),
         HardCase(flat, 1e4, 10.0, flat, max_gradients=20_000, num_draws=200),
         *(HardCase(problem, 1e5, 1.0, problem) for problem in deepest),
+        *(HardCase(p, 1e5, 1.0, p, max_gradients=count) for p, count in zip(_large(key), _LARGE.values(), strict=True)),
     )
 
 
@@ -92,6 +94,12 @@ def reference(case: HardCase) -> dict[str, float | None]:
 _NUTS_CHAINS, _NUTS_WARMUP = 16, 200
 _NUM_EXAMPLES = 500
 _MAX_DEEPEST = 2000
+_LARGE = {224: 2000, 707: 500}
+"""Width of the two layers, 100,352 and 999,698 weights, and gradients per chain."""
+
+
+def _large(key: Any) -> list[AnalyticProblem]:
+    return [deep_linear(key, [width] * 3, width // 3, point="smooth") for width in _LARGE]
 
 
 def _with_data(key: Any, problem: AnalyticProblem, num_examples: int = 10_000) -> tuple[AnalyticProblem, int]:
