@@ -5,7 +5,8 @@ One target, the tempered local posterior; one `sample`; many readings.
 
 from slt_interp import analytic
 from slt_interp.bases import Ball, Box, FloatGrid, Gaussian
-from slt_interp.curvature.spectrum import Spectrum, estimate_spectrum
+from slt_interp.curvature.operators import gauss_newton_product, hvp
+from slt_interp.curvature.spectrum import Spectrum, estimate_spectrum, top_eigenpairs
 from slt_interp.data import FullBatch, Minibatches
 from slt_interp.estimators.estimate import estimate_llc
 from slt_interp.estimators.information import Information, information, keep_example_losses, wbic
@@ -56,6 +57,8 @@ __all__ = [
     "estimate_llc",
     "estimate_spectrum",
     "estimate_volume",
+    "gauss_newton_product",
+    "hvp",
     "information",
     "keep_energy",
     "keep_example_losses",
@@ -66,5 +69,6 @@ __all__ = [
     "read_draws",
     "sample",
     "temper",
+    "top_eigenpairs",
     "wbic",
 ]

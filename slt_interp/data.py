@@ -125,6 +125,33 @@ def map_blocks(
     return jax.tree.map(lambda *x: jax.numpy.concatenate(x), *parts), counts
 
 
+def mean_over_blocks(function: Callable[[Batch], PyTree[Array]], data: Batch, size: int | None) -> PyTree[Array]:
+    """Average `function`, a mean over examples, over blocks of at most `size` examples, holding one result at a time.
+
+    All of `data` goes through at once if `size` is None, or if there are no data.
+
+    >>> float(mean_over_blocks(lambda x: x.mean(), jax.numpy.arange(5.0), 2))
+    2.0
+    """
+    if size is None or data is None:
+        return function(data)
+    if size < 1:
+        raise InputError(f"a block must have at least 1 example, but block_size is {size}")
+    count = num_examples(data)
+    whole = count // size
+    total = None
+    if whole:
+        head = jax.tree.map(lambda x: jax.numpy.asarray(x)[: whole * size].reshape(whole, size, *x.shape[1:]), data)
+        zeros = jax.tree.map(
+            lambda x: jax.numpy.zeros(x.shape, x.dtype), jax.eval_shape(function, jax.tree.map(lambda x: x[0], head))
+        )
+        total, _ = jax.lax.scan(lambda sum_, block: (_add(sum_, function(block), size / count), None), zeros, head)
+    if count > whole * size:
+        tail = function(jax.tree.map(lambda x: jax.numpy.asarray(x)[whole * size :], data))
+        total = _add(total, tail, 1 - whole * size / count)
+    return total
+
+
 def check_batches(batches: object) -> None:
     """Raise InputError if `batches` is a `Minibatches` that cannot be drawn from its data; other kinds pass."""
     if isinstance(batches, Minibatches):
@@ -136,6 +163,11 @@ def check_batches(batches: object) -> None:
             )
     elif isinstance(batches, FullBatch) and batches.data is not None:
         num_examples(batches.data)
+
+
+def _add(total: PyTree[Array] | None, part: PyTree[Array], weight: float) -> PyTree[Array]:
+    weighted = jax.tree.map(lambda x: weight * x, part)
+    return weighted if total is None else jax.tree.map(jax.numpy.add, total, weighted)
 
 
 def _length(leaf: Array) -> int | None:

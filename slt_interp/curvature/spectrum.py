@@ -1,7 +1,7 @@
 """The spectrum of the Hessian at trained weights: exact for small networks, by stochastic Lanczos quadrature for others."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import jax
@@ -10,7 +10,9 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from slt_interp.bases import Gaussian
+from slt_interp.curvature.checks import NOT_FINITE, check_symmetric, kink_warnings, saddle_warnings
 from slt_interp.curvature.gaussian import gaussian_llc, log_ellipsoid_mass
+from slt_interp.curvature.lanczos import Eigenpairs, Krylov, Product, krylov, leading_eigenpairs
 from slt_interp.curvature.operators import flat_hvp
 from slt_interp.data import Batch, num_examples
 from slt_interp.errors import InputError
@@ -23,7 +25,7 @@ DENSE_LIMIT = 2000
 
 @partial(
     register_dataclass,
-    data_fields=["ritz_values", "weights", "residuals"],
+    data_fields=["ritz_values", "weights", "residuals", "lower"],
     meta_fields=["is_exact", "warnings"],
 )
 @dataclass(frozen=True)
@@ -32,11 +34,14 @@ class Spectrum:
 
     Attributes:
         ritz_values: (probe, i), nats per squared unit of weight, ascending. If exact: one probe, all eigenvalues.
-        weights: (probe, i), how many directions each value stands for; each probe's sum to the dimension.
+        weights: (probe, i), how many directions each value stands for; each probe's sum to the dimension. Eigenpairs that were
+            found to convergence stand in every probe, with weight 1.
         residuals: (probe, i), norm of H v - theta v for the unit Ritz vector v; at most this far is an eigenvalue. If exact,
             a bound on rounding.
         is_exact: whether the whole matrix was decomposed.
         warnings: what weakens conclusions, in words.
+        lower: values and weights of a second quadrature rule from the same products; for the LLC and the log-determinant of a
+            positive Hessian the first rule is too large and this one too small. None if exact.
     """
 
     ritz_values: Float[np.ndarray, "probe i"]
@@ -44,11 +49,33 @@ class Spectrum:
     residuals: Float[np.ndarray, "probe i"]
     is_exact: bool
     warnings: tuple[str, ...] = field(default=())
+    lower: tuple[Float[np.ndarray, "probe i"], Float[np.ndarray, "probe i"]] | None = None
 
     @property
     def trace(self) -> tuple[float, float]:
         """Trace of the Hessian and its standard error over probes (0 if exact, NaN for one probe)."""
-        return self._over_probes(np.sum(self.weights * self.ritz_values, axis=1))
+        return self._sum(lambda values, weights: np.sum(weights * values, axis=1))
+
+    @property
+    def squared_norm(self) -> tuple[float, float]:
+        """Squared Frobenius norm, tr H^2, and its standard error."""
+        return self._sum(lambda values, weights: np.sum(weights * values**2, axis=1))
+
+    @property
+    def participation_ratio(self) -> float:
+        """(tr H)^2 / tr H^2, the number of equal eigenvalues that would have the same trace and norm.
+
+        References: Gao et al. (2017), A theory of multineuronal dimensionality, dynamics and measurement.
+        """
+        return self.trace[0] ** 2 / self.squared_norm[0]
+
+    @property
+    def stable_rank(self) -> float:
+        """Tr H^2 / max h^2, at most the rank and insensitive to small eigenvalues.
+
+        References: Rudelson and Vershynin (2007), Sampling from large matrices, section 1.
+        """
+        return self.squared_norm[0] / float(np.abs(self.ritz_values).max()) ** 2
 
     @property
     def rank_threshold(self) -> float:
@@ -66,15 +93,34 @@ class Spectrum:
         Of a trained network this number means little without its threshold: eigenvalues fall off without a gap.
         """
         threshold = self.rank_threshold if threshold is None else threshold
-        return self._over_probes(np.sum(self.weights * (self.ritz_values > threshold), axis=1))[0]
+        return float(np.sum(self.weights * (self.ritz_values > threshold), axis=1).mean())
+
+    def rank_range(self, threshold: float | None = None) -> tuple[float, float]:
+        """Count directions above ten times and above a tenth of the threshold: how much `rank` depends on it."""
+        threshold = self.rank_threshold if threshold is None else threshold
+        return self.rank(10 * threshold), self.rank(threshold / 10)
 
     def llc(self, nbeta: float, localization: float) -> tuple[float, float]:
         """Predict E[nbeta (L - L*)] as if the loss were quadratic: 1/2 tr[N H (N H + gamma)^-1], N = nbeta.
 
         Returns:
-            The prediction and its standard error over probes (0 if exact, NaN for one probe); NaN if some nbeta h + gamma <= 0.
+            The prediction and its standard error, over probes and with half the distance between the two quadrature rules (0 if
+            exact, NaN for one probe); NaN if some nbeta h + gamma <= 0.
         """
-        return self._over_probes(gaussian_llc(self.ritz_values, self.weights, nbeta, localization))
+        return self._sum(lambda values, weights: gaussian_llc(values, weights, nbeta, localization))
+
+    def log_determinant(self, nbeta: float, localization: float) -> tuple[float, float]:
+        """Compute log det(1 + nbeta H / gamma) and its standard error; -1/2 of it is log Z under the base N(w*, 1 / gamma).
+
+        Its derivative in log nbeta is twice `llc`. NaN if some nbeta h + gamma <= 0.
+        """
+
+        def log_determinant(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+            ratio = nbeta * values / localization
+            proper = (ratio > -1) | (weights == 0)
+            return np.where(proper.all(axis=1), np.sum(weights * np.log1p(np.where(ratio > -1, ratio, 0.0)), axis=1), np.nan)
+
+        return self._sum(log_determinant)
 
     def log_volume(self, thresholds: Float[np.ndarray, " threshold"], base: Gaussian) -> Float[np.ndarray, " threshold"]:
         """Predict log V(eps) = log P_base(L <= L* + eps), in nats, as if the loss were quadratic.
@@ -92,11 +138,15 @@ class Spectrum:
         scales = 0.5 * float(base.scale) ** 2 * np.maximum(self.ritz_values.ravel(), 0.0)
         return log_ellipsoid_mass(np.asarray(thresholds), scales, self.weights.ravel() / probes)
 
-    def _over_probes(self, values: Float[np.ndarray, " probe"]) -> tuple[float, float]:
+    def _sum(self, function: Callable[[np.ndarray, np.ndarray], Float[np.ndarray, " probe"]]) -> tuple[float, float]:
+        """Sum a function over the spectrum; `function` takes values and weights."""
+        upper = function(self.ritz_values, self.weights)
         if self.is_exact:
-            return float(values[0]), 0.0
-        error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
-        return float(values.mean()), float(error)
+            return float(upper[0]), 0.0
+        lower = upper if self.lower is None else function(*self.lower)
+        middle = (upper + lower) / 2
+        error = middle.std(ddof=1) / np.sqrt(len(middle)) if len(middle) > 1 else np.nan
+        return float(middle.mean()), float(np.hypot(error, (upper - lower).mean() / 2))
 
 
 def estimate_spectrum(
@@ -107,21 +157,25 @@ def estimate_spectrum(
     *,
     num_matvecs: int | None = None,
     num_probes: int | None = None,
+    block_size: int | None = None,
 ) -> Spectrum:
     """Estimate the spectrum of the Hessian of the mean loss over `data` at `params`.
 
     Up to `DENSE_LIMIT` parameters, and unless `num_matvecs` or `num_probes` is given, the whole matrix is computed and
-    decomposed in float64 (d Hessian-vector products, d^2 numbers). Otherwise stochastic Lanczos quadrature: from each
-    of `num_probes` random vectors a Krylov space of `num_matvecs` dimensions with full reorthogonalization, whose
-    Ritz values and weights stand for the spectrum (num_probes * num_matvecs products, d * num_matvecs numbers).
+    decomposed in float64 (d Hessian-vector products, d^2 numbers). Otherwise the leading 64 eigenpairs are computed (at most
+    256 products, 192 d numbers), and in what is left stochastic Lanczos quadrature is done: from each of `num_probes` random
+    vectors a Krylov space of `num_matvecs` dimensions with full reorthogonalization, whose Ritz values and weights stand for
+    the spectrum.
 
     Args:
         key: for the probe vectors.
         loss_fn: `(params, batch) -> scalar`, nats per example.
         params: the trained weights.
-        data: all of it goes through the loss at once.
-        num_matvecs: dimensions of a Krylov space, 64 by default.
-        num_probes: random vectors, 8 by default.
+        data: examples, or None if the loss has none.
+        num_matvecs: dimensions of a Krylov space, 96 by default.
+        num_probes: random vectors; by default from 8 to 64, until the standard error of the Gaussian LLC is at most 2 % at
+            every localization / nbeta above 1e-6 of the largest eigenvalue.
+        block_size: examples that go through the loss at once, all by default.
 
     References:
         Ubaru, Chen and Saad (2017), Fast estimation of tr(f(A)) via stochastic Lanczos quadrature.
@@ -141,23 +195,58 @@ def estimate_spectrum(
         if count is not None and not 1 <= count <= size:
             raise InputError(f"{name} must lie between 1 and the number of parameters, {size}, but is {count}")
     if size <= DENSE_LIMIT and num_matvecs is None and num_probes is None:
-        is_exact, (values, weights, residuals) = True, _dense(loss_fn, params, data)
+        values, weights, residuals = _dense(loss_fn, params, data, block_size)
+        spectrum = Spectrum(values, weights, residuals, is_exact=True)
     else:
-        matvecs = min(size, num_matvecs or 64)
-        is_exact, (values, weights, residuals) = False, _lanczos(key, loss_fn, params, data, matvecs, num_probes or 8)
-    if not np.isfinite(values).all():
-        raise InputError("the Hessian of the loss at params is not finite: check the loss there")
-    warnings = []
-    precision = np.finfo(np.float32).eps * np.abs(values).max()
-    if values.min() < -10 * precision:
-        warnings.append(
-            f"the Hessian has negative eigenvalues, down to {values.min():.3g} (the largest is {values.max():.3g}): params "
-            "is not exactly a minimum, and the volume counts those directions as flat"
-        )
-    return Spectrum(values, weights, residuals, is_exact, tuple(warnings))
+        matvec = _host_product(loss_fn, params, data, block_size)
+        check_symmetric(matvec, size)
+        spectrum = _stochastic(key, matvec, size, min(size, num_matvecs or 96), num_probes)
+    if not np.isfinite(spectrum.ritz_values).all():
+        raise InputError(NOT_FINITE)
+    return replace(
+        spectrum,
+        warnings=(
+            *saddle_warnings(spectrum.ritz_values, spectrum.weights),
+            *kink_warnings(key, loss_fn, params, data, block_size),
+        ),
+    )
 
 
-def dense_hessian(loss_fn: LossFn, params: Params, data: Batch) -> tuple[Float[np.ndarray, "i i"], float]:
+def top_eigenpairs(
+    key: Key[Array, ""], loss_fn: LossFn, params: Params, data: Batch, count: int = 50, *, block_size: int | None = None
+) -> Eigenpairs:
+    """Compute eigenpairs of the Hessian of the largest |eigenvalue|, multiple ones as often as they occur.
+
+    Costs about four products for each pair, and three vectors of memory.
+
+    Args:
+        key: for starting vectors.
+        loss_fn: `(params, batch) -> scalar`, nats per example.
+        params: the trained weights.
+        data: examples, or None if the loss has none.
+        count: pairs wanted; there are fewer where the rank is lower or the products do not suffice.
+        block_size: examples that go through the loss at once, all by default.
+
+    Returns:
+        `Eigenpairs`, with vectors in the order of `jax.flatten_util.ravel_pytree`.
+
+    >>> found = top_eigenpairs(jax.random.key(0), lambda w, batch: jnp.sum(jnp.arange(4.0) * w**2) / 2, jnp.ones(4), None, 2)
+    >>> found.values.round(4).tolist()
+    [3.0, 2.0]
+    """
+    check_key(key)
+    check_target(LocalPosterior(loss_fn, params, 1.0, 1.0), params, data)
+    size = dimension(params)
+    if not 1 <= count <= size:
+        raise InputError(f"count must lie between 1 and the number of parameters, {size}, but is {count}")
+    matvec = _host_product(loss_fn, params, data, block_size)
+    check_symmetric(matvec, size)
+    return leading_eigenpairs(_generator(key), matvec, size, count, num_products=2 * count + 20, max_products=4 * count + 20)
+
+
+def dense_hessian(
+    loss_fn: LossFn, params: Params, data: Batch, block_size: int | None = None
+) -> tuple[Float[np.ndarray, "i i"], float]:
     """Compute the Hessian of the loss on all of `data`, symmetric, in the order of `ravel_pytree`, and its rounding error.
 
     In float64 if the loss can, at the cost of as many Hessian-vector products as there are weights. The rounding error bounds
@@ -169,26 +258,26 @@ def dense_hessian(loss_fn: LossFn, params: Params, data: Batch) -> tuple[Float[n
     # float64 here only: in float32 the small eigenvalues drown in rounding noise of the large ones.
     try:
         with jax.enable_x64(True):
-            matrix = _matrix(loss_fn, *(jax.tree.map(_to_double, tree) for tree in (params, data)))
+            matrix = _matrix(loss_fn, jax.tree.map(_to_double, params), jax.tree.map(_to_double, data), block_size)
     except TypeError:
         # The loss insists on its own precision, as a scan with a float32 carry does.
-        matrix = _matrix(loss_fn, params, data)
+        matrix = _matrix(loss_fn, params, data, block_size)
     # Rounding makes the matrix unsymmetric, and by as much eigenvalues may be off: a loss that casts to float32 shows here.
     # Where it is infinite the caller says so.
     with np.errstate(invalid="ignore"):
         return 0.5 * (matrix + matrix.T), float(np.linalg.norm(matrix - matrix.T))
 
 
-def _dense(loss_fn: LossFn, params: Params, data: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    matrix, rounding = dense_hessian(loss_fn, params, data)
+def _dense(loss_fn: LossFn, params: Params, data: Batch, block_size: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    matrix, rounding = dense_hessian(loss_fn, params, data, block_size)
     if not np.isfinite(matrix).all():
         return np.full((1, len(matrix)), np.nan), np.ones((1, len(matrix))), np.zeros((1, len(matrix)))
     values = np.linalg.eigvalsh(matrix)
     return values[None], np.ones((1, len(values))), np.full((1, len(values)), rounding)
 
 
-def _matrix(loss_fn: LossFn, params: Params, data: Batch) -> np.ndarray:
-    matvec, flat = flat_hvp(loss_fn, params, data)
+def _matrix(loss_fn: LossFn, params: Params, data: Batch, block_size: int | None) -> np.ndarray:
+    matvec, flat = flat_hvp(loss_fn, params, block_size)
 
     @jax.jit
     def columns(flat: Array, data: Batch) -> Array:
@@ -197,50 +286,83 @@ def _matrix(loss_fn: LossFn, params: Params, data: Batch) -> np.ndarray:
     return np.asarray(columns(flat, data), np.float64)
 
 
-def _lanczos(
-    key: Key[Array, ""], loss_fn: LossFn, params: Params, data: Batch, num_matvecs: int, num_probes: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    matvec, flat = flat_hvp(loss_fn, params, data)
-    product = jax.jit(matvec)
-    values, weights, residuals = np.zeros((3, num_probes, num_matvecs))
-    for i, probe_key in enumerate(jax.random.split(key, num_probes)):
-        start = np.asarray(jax.random.rademacher(probe_key, flat.shape, flat.dtype), np.float64)
-        tridiagonal, left_over = _tridiagonalize(lambda v: product(jnp.asarray(v, flat.dtype), flat, data), start, num_matvecs)
-        size = len(tridiagonal)
-        if not np.isfinite(tridiagonal).all():
-            values[i] = np.nan
-            continue
-        ritz, vectors = np.linalg.eigh(tridiagonal)
-        values[i, :size], values[i, size:] = ritz, ritz[0]
-        weights[i, :size] = flat.size * vectors[0] ** 2
-        residuals[i, :size] = np.abs(left_over * vectors[-1])
-    return values, weights, residuals
-
-
-def _tridiagonalize(matvec: Callable, start: np.ndarray, num_matvecs: int) -> tuple[np.ndarray, float]:
-    """Run Lanczos with full reorthogonalization, in float64 on the host, until the Krylov space is exhausted.
-
-    Not matfree's `tridiag_sym`, which goes on after exhaustion (a low-rank Hessian, or none) and returns noise as large as
-    the dimension as eigenvalues.
-
-    Returns:
-        The tridiagonal matrix, and the norm of what is left over, which bounds residuals.
-    """
-    basis, diagonal, off_diagonal, scale = [start / np.linalg.norm(start)], [], [], 0.0
+def _stochastic(
+    key: Key[Array, ""],
+    matvec: Product,
+    size: int,
+    num_matvecs: int,
+    num_probes: int | None,
+) -> Spectrum:
+    """Deflate leading eigenpairs, and run Lanczos quadrature from probes in what is left, until it is accurate."""
+    rng = _generator(key)
+    leading = leading_eigenpairs(
+        rng, matvec, size, min(_DEFLATED, size // 4), num_products=2 * _DEFLATED, max_products=4 * _DEFLATED
+    )
+    rest = size - len(leading.values)
+    spaces: list[Krylov] = []
     while True:
-        image = np.asarray(matvec(basis[-1]), np.float64)
-        scale = max(scale, float(np.linalg.norm(image)))
-        diagonal.append(float(image @ basis[-1]))
-        vectors = np.stack(basis)
-        for _ in range(2):
-            image = image - vectors.T @ (vectors @ image)
-        left_over = float(np.linalg.norm(image))
-        # Below the rounding of a float32 product nothing new is left; NaN ends it too.
-        exhausted = not left_over > np.finfo(np.float32).eps * np.sqrt(len(start)) * scale
-        if exhausted or len(diagonal) == num_matvecs:
-            return np.diag(diagonal) + np.diag(off_diagonal, 1) + np.diag(off_diagonal, -1), left_over
-        basis.append(image / left_over)
-        off_diagonal.append(left_over)
+        spaces.append(krylov(matvec, rng.standard_normal(size), min(num_matvecs, rest), leading.vectors)[0])
+        if not np.isfinite(spaces[-1].tridiagonal).all():
+            raise InputError(NOT_FINITE)
+        spectrum = _joined(leading, spaces, rest)
+        if num_probes is None:
+            done = len(spaces) >= _MIN_PROBES and (len(spaces) == _MAX_PROBES or _probe_error(spectrum) <= _PROBE_ERROR)
+        else:
+            done = len(spaces) == num_probes
+        if done:
+            return spectrum
+
+
+def _host_product(loss_fn: LossFn, params: Params, data: Batch, block_size: int | None) -> Product:
+    matvec, flat = flat_hvp(loss_fn, params, block_size)
+    product = jax.jit(matvec)
+    return lambda vector: np.asarray(product(jnp.asarray(vector, flat.dtype), flat, data))
+
+
+def _generator(key: Key[Array, ""]) -> np.random.Generator:
+    return np.random.default_rng(np.asarray(jax.random.bits(key, (4,))))
+
+
+def _probe_error(spectrum: Spectrum) -> float:
+    """Find the largest relative standard error, over probes, of the Gaussian LLC at any scale."""
+    values, count = np.maximum(spectrum.ritz_values, 0.0), len(spectrum.ritz_values)
+    scales = np.abs(values).max() * np.geomspace(1e-6, 1.0, 13)
+    if not scales.all():
+        return 0.0
+    found = np.stack([np.sum(spectrum.weights * values / (values + scale), axis=1) for scale in scales])
+    return float(np.max(found.std(axis=1, ddof=1) / np.sqrt(count) / found.mean(axis=1), initial=0.0))
+
+
+def _joined(leading: Eigenpairs, spaces: list[Krylov], rest: int) -> Spectrum:
+    """Let every probe's rules stand for the `rest` of the directions, beside the leading ones."""
+    ones = np.ones(len(leading.values))
+
+    def rule(values: np.ndarray, weights: np.ndarray, *residuals: np.ndarray) -> tuple[np.ndarray, ...]:
+        beside = (leading.values, ones, leading.residuals)
+        return tuple(np.append(x, y) for x, y in zip(beside, (values, rest * weights, *residuals), strict=False))
+
+    upper = list(zip(*(rule(*space.quadrature()) for space in spaces), strict=True))
+    lower = list(zip(*(rule(*space.lower_quadrature()) for space in spaces), strict=True))
+    return Spectrum(
+        _padded(upper[0], repeat=True),
+        _padded(upper[1]),
+        _padded(upper[2]),
+        is_exact=False,
+        lower=(_padded(lower[0], repeat=True), _padded(lower[1])),
+    )
+
+
+def _padded(columns: Sequence[np.ndarray], *, repeat: bool = False) -> np.ndarray:
+    """Stack rows of different lengths; what is missing is 0, or repeats the last entry."""
+    length = max(len(row) for row in columns)
+    return np.stack([np.append(row, np.full(length - len(row), row[-1] if repeat else 0.0)) for row in columns])
+
+
+_DEFLATED = 64
+"""Eigenpairs taken out. With 16 probes beside them no spectrum's Gaussian LLC has a standard error above 2.2 %: that of R equal
+directions that are left is at most sqrt(2 R / 16) of 64 + R."""
+
+_MIN_PROBES, _MAX_PROBES, _PROBE_ERROR = 8, 64, 0.02
 
 
 def _to_double(x: Array) -> Array:

@@ -1,0 +1,68 @@
+"""What is wrong with a Hessian: products that are not symmetric or finite, a saddle point, a kink."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, Key
+
+from slt_interp.curvature.lanczos import Product
+from slt_interp.data import Batch, mean_over_blocks
+from slt_interp.errors import InputError
+from slt_interp.posterior import LossFn
+from slt_interp.tree import Params
+
+NOT_FINITE = "the Hessian of the loss at params is not finite: check the loss there"
+
+
+def check_symmetric(product: Product, size: int) -> None:
+    """Raise InputError if products are not finite, or u.(H v) and v.(H u) differ, as where a custom derivative is none."""
+    u, v = np.random.default_rng(0).standard_normal((2, size))
+    image_u, image_v = np.asarray(product(u), np.float64), np.asarray(product(v), np.float64)
+    if not (np.isfinite(image_u).all() and np.isfinite(image_v).all()):
+        raise InputError(NOT_FINITE)
+    scale = np.linalg.norm(u) * np.linalg.norm(image_v) + np.linalg.norm(v) * np.linalg.norm(image_u)
+    if abs(u @ image_v - v @ image_u) > _ASYMMETRY * scale:
+        raise InputError(
+            f"Hessian-vector products are not symmetric (u.Hv = {u @ image_v:.6g}, v.Hu = {v @ image_u:.6g}): check custom "
+            "derivatives in the loss, or its precision"
+        )
+
+
+def saddle_warnings(values: Float[np.ndarray, "probe i"], weights: Float[np.ndarray, "probe i"]) -> tuple[str, ...]:
+    """Name a saddle point, and how many eigenvalues are negative beyond rounding."""
+    negative = values < -10 * np.finfo(np.float32).eps * np.abs(values).max()
+    if not np.any(negative & (weights > 0)):
+        return ()
+    count = np.sum(weights * negative, axis=1).mean()
+    return (
+        f"the Hessian has negative eigenvalues ({count:.3g} of them, down to {values.min():.3g}; the largest is "
+        f"{values.max():.3g}): params is a saddle point, or training has not come to rest, and the volume counts those "
+        "directions as flat",
+    )
+
+
+def kink_warnings(key: Key[Array, ""], loss_fn: LossFn, params: Params, data: Batch, block_size: int | None) -> tuple[str, ...]:
+    """Tell a point where the gradient jumps, as ReLUs make it at 0: its second difference does not vanish with the step."""
+    flat, unravel = ravel_pytree(params)
+    direction = jax.random.normal(key, flat.shape, flat.dtype) * (jnp.linalg.norm(flat) / flat.size**0.5 + 1e-2)
+
+    @jax.jit
+    def difference(step: Array, data: Batch) -> Array:
+        def gradient(flat: Array) -> Array:
+            return ravel_pytree(mean_over_blocks(lambda part: jax.grad(loss_fn)(unravel(flat), part), data, block_size))[0]
+
+        sides = gradient(flat + step * direction), gradient(flat), gradient(flat - step * direction)
+        rounding = jnp.finfo(flat.dtype).eps * sum(jnp.linalg.norm(side) for side in sides)
+        return jnp.stack([jnp.linalg.norm(sides[0] - 2 * sides[1] + sides[2]), rounding])
+
+    (wide, rounding), (narrow, _) = (np.asarray(difference(jnp.asarray(step, flat.dtype), data)) for step in (1e-2, 1e-3))
+    if narrow > 0.5 * wide and narrow > 100 * rounding:
+        return (
+            "the gradient of the loss jumps at params, as at the kink of a ReLU: there is no Hessian there, and what stands "
+            "for it is one of several one-sided ones; move params off the kink, or trust draws only",
+        )
+    return ()
+
+
+_ASYMMETRY = 1e-3

@@ -1,0 +1,128 @@
+"""Lanczos with full reorthogonalization: products on the device, Krylov spaces and their algebra on the host.
+
+Not matfree's `tridiag_sym`, which goes on after a Krylov space is exhausted (a low-rank Hessian, or none) and returns noise as
+large as the dimension as eigenvalues, and not its stochastic quadrature, which gives neither residuals nor a bracket.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+Product = Callable[[Float[np.ndarray, " i"]], Float[np.ndarray, " i"]]
+"""Multiply a symmetric matrix by a vector."""
+
+
+class Krylov(NamedTuple):
+    """The matrix in a Krylov space, tridiagonal, and the norm of what is left over."""
+
+    tridiagonal: Float[np.ndarray, "step step"]
+    left_over: float
+
+    def quadrature(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Give Ritz values, their weights (which sum to 1) and residuals |A v - theta v|: Gauss's rule for start.f(A).start."""
+        values, vectors = np.linalg.eigh(self.tridiagonal)
+        return values, vectors[0] ** 2, np.abs(self.left_over * vectors[-1])
+
+    def lower_quadrature(self) -> tuple[np.ndarray, np.ndarray]:
+        """Give values and weights of Radau's rule with a node at 0, or just below a smallest Ritz value that is negative.
+
+        For a positive matrix and f(h) = h / (h + c) or log(1 + h / c), whose even derivatives are negative, Gauss's rule is
+        too large and this one too small (Golub and Meurant 2010, Matrices, Moments and Quadrature, theorem 6.4).
+        """
+        values, weights, _ = self.quadrature()
+        node = min(0.0, values[0] - np.finfo(np.float32).eps * np.abs(values).max())
+        size = len(values)
+        shifted = self.tridiagonal - node * np.eye(size)
+        # Where the space is exhausted nothing is left to bracket.
+        if not self.left_over > 0 or np.linalg.eigvalsh(shifted)[0] <= 0:
+            return values, weights
+        extended = np.zeros((size + 1, size + 1))
+        extended[:size, :size] = self.tridiagonal
+        extended[size, size - 1] = extended[size - 1, size] = self.left_over
+        extended[size, size] = node + self.left_over**2 * np.linalg.inv(shifted)[-1, -1]
+        values, vectors = np.linalg.eigh(extended)
+        return values, vectors[0] ** 2
+
+
+class Eigenpairs(NamedTuple):
+    """(pair,) eigenvalues by falling size, (pair, i) unit vectors, and (pair,) residuals: so far at most is an eigenvalue."""
+
+    values: Float[np.ndarray, " pair"]
+    vectors: Float[np.ndarray, "pair i"]
+    residuals: Float[np.ndarray, " pair"]
+
+
+def krylov(
+    product: Product, start: Float[np.ndarray, " i"], num_products: int, without: Float[np.ndarray, "pair i"]
+) -> tuple[Krylov, Float[np.ndarray, "step i"]]:
+    """Run Lanczos from `start`, orthogonal to the rows of `without`, until nothing is left or products run out.
+
+    Returns:
+        The matrix in the space, and the space's orthonormal basis.
+    """
+    basis = np.zeros((num_products, len(start)), np.float32)
+    start = _orthogonal(start, without)
+    basis[0] = start / np.linalg.norm(start)
+    diagonal, off_diagonal, scale = [], [], 0.0
+    while True:
+        step = len(diagonal)
+        image = np.asarray(product(basis[step]), np.float64)
+        scale = max(scale, float(np.linalg.norm(image)))
+        diagonal.append(float(image @ basis[step]))
+        for _ in range(2):
+            image = _orthogonal(_orthogonal(image, without), basis[: step + 1])
+        left_over = float(np.linalg.norm(image))
+        # Below the rounding of a float32 product nothing new is left; NaN ends it too.
+        is_exhausted = not left_over > np.finfo(np.float32).eps * np.sqrt(len(start)) * scale
+        if is_exhausted or step + 1 == num_products:
+            tridiagonal = np.diag(diagonal) + np.diag(off_diagonal, 1) + np.diag(off_diagonal, -1)
+            return Krylov(tridiagonal, 0.0 if is_exhausted else left_over), basis[: step + 1]
+        basis[step + 1] = image / left_over
+        off_diagonal.append(left_over)
+
+
+def leading_eigenpairs(
+    rng: np.random.Generator, product: Product, size: int, count: int, *, num_products: int, max_products: int
+) -> Eigenpairs:
+    """Find up to `count` eigenpairs of the largest |eigenvalue|, a multiple one as often as it occurs.
+
+    A Krylov space holds each eigenvalue once. So spaces are built one after another, each orthogonal to the pairs that earlier
+    ones found, until there are enough, none converges, or products run out.
+
+    Args:
+        rng: for starting vectors.
+        product: by a symmetric matrix.
+        size: of the matrix.
+        count: how many pairs are wanted.
+        num_products: at most in one space.
+        max_products: in all.
+    """
+    values, residuals, vectors, spent = np.zeros(0), np.zeros(0), np.zeros((0, size), np.float32), 0
+    while len(values) < min(count, size) and spent < max_products:
+        limit = min(num_products, max_products - spent, size - len(values))
+        space, basis = krylov(product, rng.standard_normal(size), limit, vectors)
+        spent += len(basis)
+        if not np.isfinite(space.tridiagonal).all():
+            break
+        ritz, rotation = np.linalg.eigh(space.tridiagonal)
+        bounds = np.abs(space.left_over * rotation[-1])
+        largest = max(np.abs(ritz).max(), np.abs(values).max(initial=0.0))
+        converged = np.flatnonzero((bounds <= _CONVERGED * np.abs(ritz)) & (np.abs(ritz) > _NOISE * largest))
+        converged = converged[np.argsort(-np.abs(ritz[converged]))][: count - len(values)]
+        if not len(converged):
+            break
+        found = rotation[:, converged].T @ basis
+        values, residuals = np.append(values, ritz[converged]), np.append(residuals, bounds[converged])
+        vectors = np.concatenate([vectors, (found / np.linalg.norm(found, axis=1, keepdims=True)).astype(np.float32)])
+    order = np.argsort(-np.abs(values))
+    return Eigenpairs(values[order], vectors[order], residuals[order])
+
+
+def _orthogonal(vector: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    return vector - rows.T @ (rows @ vector) if len(rows) else vector
+
+
+_CONVERGED, _NOISE = 1e-3, 1e-5
+"""A Ritz pair has converged at this relative residual; sizes so far below the largest drown in the rounding of float32."""
