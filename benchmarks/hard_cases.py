@@ -33,6 +33,7 @@ class HardCase:
         same: a problem with the same excess loss that is cheaper to sample, or has an exact energy or coefficient.
         max_gradients: the estimator's budget per chain; None for its own.
         num_draws: of NUTS and each of its chains; none where an energy or a coefficient is known.
+        num_seeds: of the estimator.
     """
 
     problem: AnalyticProblem
@@ -41,6 +42,7 @@ class HardCase:
     same: AnalyticProblem
     max_gradients: int | None = None
     num_draws: int = 0
+    num_seeds: int = 2
 
 
 def hard_cases() -> tuple[HardCase, ...]:
@@ -58,7 +60,10 @@ def hard_cases() -> tuple[HardCase, ...]:
         HardCase(network, customary_nbeta(_NUM_EXAMPLES), 1.0, network, num_draws=600),
         HardCase(flat, 1e4, 10.0, flat, max_gradients=20_000, num_draws=200),
         *(HardCase(problem, 1e5, 1.0, problem) for problem in deepest),
-        *(HardCase(p, 1e5, 1.0, p, max_gradients=count) for p, count in zip(_large(key), _LARGE.values(), strict=True)),
+        *(
+            HardCase(p, 1e5, 1.0, p, max_gradients=count, num_seeds=1)
+            for p, count in zip(_large(key), _LARGE.values(), strict=True)
+        ),
     )
 
 
@@ -94,12 +99,13 @@ def reference(case: HardCase) -> dict[str, float | None]:
 _NUTS_CHAINS, _NUTS_WARMUP = 16, 200
 _NUM_EXAMPLES = 500
 _MAX_DEEPEST = 2000
-_LARGE = {224: 2000, 707: 500}
+_LARGE = {224: 2000, 707: 200}
 """Width of the two layers, 100,352 and 999,698 weights, and gradients per chain."""
 
 
-def _large(key: Any) -> list[AnalyticProblem]:
-    return [deep_linear(key, [width] * 3, width // 3, point="smooth") for width in _LARGE]
+def _large(key: Any) -> list[HardCase]:
+    problems = {count: deep_linear(key, [width] * 3, width // 3, point="smooth") for width, count in _LARGE.items()}
+    return [HardCase(p, 1e5, 1.0, p, max_gradients=count, num_seeds=1) for count, p in problems.items()]
 
 
 def _with_data(key: Any, problem: AnalyticProblem, num_examples: int = 10_000) -> tuple[AnalyticProblem, int]:

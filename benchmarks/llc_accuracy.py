@@ -170,7 +170,7 @@ def _measure_hard(config: Config, case: HardCase) -> tuple[dict[str, Any], dict[
     problem = replace(case.problem, energy=lambda nbeta, localization: known["reference"])
     asked = replace(config, max_gradients=config.max_gradients or case.max_gradients)
     rows = []
-    for seed in range(min(_HARD_SEEDS, config.num_seeds)):
+    for seed in range(min(case.num_seeds, config.num_seeds)):
         key = jax.random.fold_in(jax.random.key(seed), 17)
         ours = partial(_ours, asked, key, problem, case.nbeta, case.localization)
         rows.append(_row(problem, case.nbeta, seed, "estimate_llc", case.localization, ours) | known)
@@ -210,8 +210,6 @@ def _sgld(config: Config, key: Any, problem: AnalyticProblem, nbeta: float, num_
     )
     return llc(draws, mean_loss(problem.loss_fn, problem.center, problem.data)[0])
 
-
-_HARD_SEEDS = 2
 
 _MAX_PEER_GRADIENTS, _PEER_CHAINS = 2000, 4
 """A run of so much takes some eight seconds, most of them devinterp's own."""
