@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Bool, Float, Key
 
 from slt_interp.bases import Ball, Base, Box, Gaussian
 from slt_interp.curvature.spectrum import dense_hessian
@@ -91,20 +91,20 @@ def ray_volume(
     ways = directions @ matrix.T if matrix.ndim == 2 else directions * matrix
     profile = _profile(base, start, ways)
     init_loss = float(target.loss(start, data))
-    radii = np.asarray(
-        _first_crossings(
-            target,
-            jnp.asarray(ways, flat.dtype),
-            jnp.asarray(profile.end, flat.dtype),
-            jnp.asarray(init_loss + thresholds, jnp.result_type(float)),
-            data,
-            block_size=_block_size(target, params, data, num_rays),
-        ),
-        np.float64,
+    crossings, comes_back = _first_crossings(
+        target,
+        jnp.asarray(ways, flat.dtype),
+        jnp.asarray(profile.end, flat.dtype),
+        jnp.asarray(init_loss + thresholds, jnp.result_type(float)),
+        data,
+        block_size=_block_size(target, params, data, num_rays),
     )
+    radii = np.asarray(crossings, np.float64)
     is_saturated = radii >= profile.end[:, None] * (1 - 1e-6)
     log_weights = _log_sphere(size) + log_det + profile.log_density + _log_radial(profile, radii, size)
-    return _conclude(log_weights, is_saturated.mean(axis=0), thresholds, init_loss, profile)
+    return _conclude(
+        log_weights, is_saturated.mean(axis=0), np.asarray(comes_back).mean(axis=0), thresholds, init_loss, profile
+    )
 
 
 MAX_FULL = 512
@@ -255,16 +255,16 @@ def _first_crossings(
     data: Batch,
     *,
     block_size: int,
-) -> Float[Array, "ray threshold"]:
-    """Radius up to which the loss stays within each level, on the accepted side; the end of the ray where it always does.
+) -> tuple[Float[Array, "ray threshold"], Bool[Array, "ray threshold"]]:
+    """Find the radius up to which the loss stays within each level, and whether it comes back to the level farther out.
 
-    Radii in a ratio of 1.3 are tried outward, and the first interval with a crossing is bisected: an excursion of the loss
-    within one interval is overlooked.
+    The radius is on the accepted side, and the end of the ray where the loss never leaves. Radii in a ratio of 1.3 are tried
+    outward, and the first interval with a crossing is bisected: an excursion of the loss within one interval is overlooked.
     """
     start, unravel = ravel_pytree(target.position(target.center))
     ratios = jnp.append(_RATIO ** -jnp.arange(_NUM_RADII - 1, 0, -1.0), 1.0)
 
-    def one_ray(at: tuple) -> Array:
+    def one_ray(at: tuple) -> tuple[Array, Array]:
         way, end = at
 
         def loss(radius: Array) -> Array:
@@ -273,7 +273,7 @@ def _first_crossings(
         grid = end * ratios
         losses = jax.lax.map(loss, grid)
 
-        def one_level(level: Array) -> Array:
+        def one_level(level: Array) -> tuple[Array, Array]:
             outside = ~(losses <= level)
             first = jnp.argmax(outside)
             low = jnp.where(first > 0, grid[first - 1], 0.0)
@@ -285,7 +285,8 @@ def _first_crossings(
                 return jnp.where(inside, middle, low), jnp.where(inside, high, middle)
 
             low, _ = jax.lax.fori_loop(0, _NUM_HALVINGS, halve, (low, grid[first]))
-            return jnp.where(outside.any(), low, end)
+            comes_back = jnp.any(~outside & (jnp.arange(len(grid)) > first) & outside.any())
+            return jnp.where(outside.any(), low, end), comes_back
 
         return jax.lax.map(one_level, levels)
 
@@ -304,6 +305,7 @@ def _block_size(target: LocalPosterior, params: Params, data: Batch, num_rays: i
 def _conclude(
     log_weights: Float[np.ndarray, "ray threshold"],
     saturation: Float[np.ndarray, " threshold"],
+    returning: Float[np.ndarray, " threshold"],
     thresholds: np.ndarray,
     init_loss: float,
     profile: _Profile,
@@ -331,6 +333,12 @@ def _conclude(
             f"at threshold {thresholds[-1]:.3g} {saturation[-1]:.0%} of the rays end with the base measure before the loss "
             "reaches the threshold: what is measured there is the base measure, not the basin"
         )
+    if returning.any():
+        worst = int(returning.argmax())
+        warnings.append(
+            f"at threshold {thresholds[worst]:.3g} {returning[worst]:.1%} of the rays enter the sublevel set again farther out: "
+            "it is not star-shaped around params, and only the near part is counted; use method='subset'"
+        )
     return VolumeEstimate(
         thresholds,
         log_volume,
@@ -338,12 +346,13 @@ def _conclude(
         "rays",
         "the part of the sublevel set that straight lines from params reach without leaving it (it can only be smaller than "
         "the whole), within the base measure",
-        DO_NOT_TRUST if unreliable.any() else OK,
+        DO_NOT_TRUST if unreliable.any() or returning.any() else OK,
         tuple(warnings),
         {
             "ess": ess.tolist(),
             "pareto_k": shapes.tolist(),
             "saturation": saturation.tolist(),
+            "returning": returning.tolist(),
             "log_base_density_at_center": profile.log_density,
             "num_losses": count * (_NUM_RADII + _NUM_HALVINGS * len(thresholds)),
         },

@@ -102,3 +102,18 @@ def test_pareto_k_is_that_of_arviz():
 def test_bad_base_is_one_sentence(base, message, key):
     with pytest.raises(InputError, match=message):
         ray_volume(key, nothing, jnp.zeros(2), None, [1.0], base=base)
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "params"),
+    [
+        (lambda w, batch: (w[0] * w[1] - 1) ** 2, jnp.ones(2)),
+        (lambda w, batch: jnp.sum((w**2 - 1) ** 2), jnp.ones(1)),
+    ],
+    ids=["hyperbola", "double well"],
+)
+def test_sublevel_set_that_is_not_star_shaped_is_named(loss_fn, params, key):
+    found = ray_volume(key, loss_fn, params, None, [1e-2, 0.1], base=Gaussian(0.0, 1.0))
+    assert found.status == "do not trust"
+    assert "not star-shaped around params" in " ".join(found.warnings)
+    assert found.diagnostics["returning"][1] > 0
