@@ -237,3 +237,18 @@ def test_nested_sampler_stops_at_its_budget(volume_peers, key):
     assert np.isnan(found.log_volume[0])
     assert abs(found.log_volume[1] - problem.log_volume(0.1)) < 4 * found.std_error[1]
     assert 10_000 <= found.num_losses < 20_000
+
+
+@pytest.mark.slow
+def test_curvature_scale_measures_spectra_and_a_network(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "curvature_scale.py"), "smoke", "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    results = read_run(tmp_path / "run").results
+    for row in results["spectra"]:
+        ((_, error, std_error),) = row["errors"]
+        assert abs(error) <= 4 * std_error + 1e-4, row["spectrum"]
+    whole, blocks, lobpcg = results["network"]
+    np.testing.assert_allclose(blocks["values"], whole["values"], rtol=1e-3)
+    np.testing.assert_allclose(lobpcg["values"], whole["values"][:2], rtol=1e-3)
+    assert "LOBPCG" in done.stdout

@@ -336,8 +336,8 @@ def _conclude(
     if returning.any():
         worst = int(returning.argmax())
         warnings.append(
-            f"at threshold {thresholds[worst]:.3g} {returning[worst]:.1%} of the rays enter the sublevel set again farther out: "
-            "it is not star-shaped around params, and only the near part is counted; use method='subset'"
+            f"at threshold {thresholds[worst]:.3g} {returning[worst]:.1%} of the rays enter the sublevel set again farther "
+            "out: it is not star-shaped around params, and only the near part is counted; use method='subset'"
         )
     return VolumeEstimate(
         thresholds,

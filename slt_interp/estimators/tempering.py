@@ -14,7 +14,7 @@ from slt_interp.bases import BASES, Base
 from slt_interp.data import Batch
 from slt_interp.errors import InputError
 from slt_interp.estimators.ladder import Ladder
-from slt_interp.estimators.rungs import Families, joined, place_rungs
+from slt_interp.estimators.rungs import BURNIN_PER_RUNG, Families, joined, place_rungs
 from slt_interp.posterior import LocalPosterior, LossFn, check_target
 from slt_interp.samplers.exchange import keep_rungs, keep_rungs_and_params
 from slt_interp.tree import Params, check_key, dimension
@@ -36,8 +36,8 @@ def temper(
 ) -> Ladder:
     """Sample exp(-nbeta L) base(w) at rungs from nbeta = 0 to `max_nbeta`, by HMC with replica exchange on all data.
 
-    Costs about 8 gradients per chain, rung and step: a pilot of 150 steps on fewer rungs, three trials of 50 steps and two more
-    for each rung, and then eight for each rung before any draw is kept.
+    Costs about 8 gradients per chain, rung and step: a pilot of 150 steps on fewer rungs, up to three trials of 50 steps and
+    two more for each rung, and four for each rung before any draw is kept.
 
     Args:
         key: typed PRNG key.
@@ -92,7 +92,7 @@ def temper(
         run_key,
         kernel,
         num_draws=num_draws,
-        num_burnin=_BURNIN_PER_RUNG * num_rungs,
+        num_burnin=BURNIN_PER_RUNG * num_rungs,
         collect=(keep_rungs_and_params if keep_params else keep_rungs)(kernel.target),
         checkpoint=folder and folder / "run",
     )
@@ -121,7 +121,3 @@ def temper(
         num_lost=num_chains - sum(sizes),
         gradients_per_chain=spent + float(np.mean([draws.num_gradients.mean() for draws in runs])),
     )
-
-
-_BURNIN_PER_RUNG = 8
-"""Steps before the first draw: a replica's way through the ladder and back, several times over."""

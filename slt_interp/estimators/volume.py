@@ -63,7 +63,8 @@ def estimate_volume(
         progress: whether to show a progress bar.
 
     Returns:
-        A `VolumeEstimate`; `print` it. Settings of a method are arguments of `temper`, `subset_simulation` and `ray_volume`.
+        A `VolumeEstimate`; `print` it. Settings of a method are arguments of `tempered_volume`,
+        `subset_simulation` and `ray_volume`.
 
     Raises:
         InputError, TypeError, ValueError: one sentence for what cannot be used; see `check_target`.
@@ -89,9 +90,18 @@ def estimate_volume(
 
 
 def tempered_volume(
-    key: Key[Array, ""], loss_fn: LossFn, params: Params, data: Batch, thresholds: Any, *, base: Base, progress: bool = True
+    key: Key[Array, ""],
+    loss_fn: LossFn,
+    params: Params,
+    data: Batch,
+    thresholds: Any,
+    *,
+    base: Base,
+    num_chains: int = 8,
+    num_draws: int = 400,
+    progress: bool = True,
 ) -> VolumeEstimate:
-    """Read log volumes from a ladder of temperatures, as cold as the smallest threshold asks.
+    """Read log volumes from a ladder of temperatures, as cold as the smallest threshold asks; see `temper`.
 
     No number is given for thresholds at which chains from the base and from the weights, or weighted draws and the saddle
     point of the partition function, disagree by more than a nat or two, or where neighbors of the ladder hardly swap.
@@ -100,7 +110,17 @@ def tempered_volume(
     thresholds = check_thresholds(thresholds)
     probe_key, ladder_key = jax.random.split(key)
     max_nbeta = _coldest(probe_key, LocalPosterior(loss_fn, params, 1 / thresholds[0], base), params, data, progress)
-    ladder = temper(ladder_key, loss_fn, params, data, base=base, max_nbeta=max_nbeta, progress=progress)
+    ladder = temper(
+        ladder_key,
+        loss_fn,
+        params,
+        data,
+        base=base,
+        max_nbeta=max_nbeta,
+        num_chains=num_chains,
+        num_draws=num_draws,
+        progress=progress,
+    )
     reached = np.array([ladder.reaches(threshold) for threshold in thresholds])
     if not reached.any():
         raise InputError(
