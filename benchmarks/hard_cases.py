@@ -60,10 +60,7 @@ def hard_cases() -> tuple[HardCase, ...]:
         HardCase(network, customary_nbeta(_NUM_EXAMPLES), 1.0, network, num_draws=600),
         HardCase(flat, 1e4, 10.0, flat, max_gradients=20_000, num_draws=200),
         *(HardCase(problem, 1e5, 1.0, problem) for problem in deepest),
-        *(
-            HardCase(p, 1e5, 1.0, p, max_gradients=count, num_seeds=1)
-            for p, count in zip(_large(key), _LARGE.values(), strict=True)
-        ),
+        *_large(key),
     )
 
 
