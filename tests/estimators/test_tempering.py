@@ -36,7 +36,8 @@ def test_volumes_of_crossing_lines_are_exact(crossing):
     assert np.all(np.abs(found.log_volume - exact) < 4 * found.std_error)
     assert np.all(found.std_error < 0.1)
     assert np.all(np.diff(found.log_volume) > 0)
-    assert ladder.log_volume([1e9]).log_volume[0] == pytest.approx(0, abs=1e-6)
+    # MBAR solves for each rung's share to 1e-3 / sqrt(draws) / rungs: 2.5e-6 with 8 chains of 200 draws and ten rungs.
+    assert ladder.log_volume([1e9]).log_volume[0] == pytest.approx(0, abs=1e-5)
 
 
 @pytest.mark.slow
