@@ -48,16 +48,17 @@ def kink_warnings(key: Key[Array, ""], loss_fn: LossFn, params: Params, data: Ba
     direction = jax.random.normal(key, flat.shape, flat.dtype) * (jnp.linalg.norm(flat) / flat.size**0.5 + 1e-2)
 
     @jax.jit
-    def difference(step: Array, data: Batch) -> Array:
-        def gradient(flat: Array) -> Array:
-            return ravel_pytree(mean_over_blocks(lambda part: jax.grad(loss_fn)(unravel(flat), part), data, block_size))[0]
+    def gradients(points: Array, data: Batch) -> Array:
+        def one(point: Array) -> Array:
+            return ravel_pytree(mean_over_blocks(lambda part: jax.grad(loss_fn)(unravel(point), part), data, block_size))[0]
 
-        sides = gradient(flat + step * direction), gradient(flat), gradient(flat - step * direction)
-        rounding = jnp.finfo(flat.dtype).eps * sum(jnp.linalg.norm(side) for side in sides)
-        return jnp.stack([jnp.linalg.norm(sides[0] - 2 * sides[1] + sides[2]), rounding])
+        return jax.lax.map(one, points)
 
-    (wide, rounding), (narrow, _) = (np.asarray(difference(jnp.asarray(step, flat.dtype), data)) for step in (1e-2, 1e-3))
-    if narrow > 0.5 * wide and narrow > 100 * rounding:
+    steps = jnp.asarray([0.0, _WIDE, -_WIDE, _WIDE / 10, -_WIDE / 10], flat.dtype)
+    here, *sides = np.asarray(gradients(flat + steps[:, None] * direction, data), np.float64)
+    size = max(np.linalg.norm(side) for side in sides)
+    wide, narrow = (np.linalg.norm(sides[i] - 2 * here + sides[i + 1]) for i in (0, 2))
+    if narrow > 0.5 * wide and narrow > _JUMP * size:
         return (
             "the gradient of the loss jumps at params, as at the kink of a ReLU: there is no Hessian there, and what stands "
             "for it is one of several one-sided ones; move params off the kink, or trust draws only",
@@ -66,3 +67,5 @@ def kink_warnings(key: Key[Array, ""], loss_fn: LossFn, params: Params, data: Ba
 
 
 _ASYMMETRY = 1e-3
+_WIDE, _JUMP = 1e-2, 1e-2
+"""A step to either side in units of the weights, and the share of the gradient there that is no rounding."""
