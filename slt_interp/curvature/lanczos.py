@@ -35,7 +35,6 @@ class Krylov(NamedTuple):
         node = min(0.0, values[0] - np.finfo(np.float32).eps * np.abs(values).max())
         size = len(values)
         shifted = self.tridiagonal - node * np.eye(size)
-        # Where the space is exhausted nothing is left to bracket.
         if not self.left_over > 0 or np.linalg.eigvalsh(shifted)[0] <= 0:
             return values, weights
         extended = np.zeros((size + 1, size + 1))
@@ -74,11 +73,11 @@ def krylov(
         for _ in range(2):
             image = _orthogonal(_orthogonal(image, without), basis[: step + 1])
         left_over = float(np.linalg.norm(image))
-        # Below the rounding of a float32 product nothing new is left; NaN ends it too.
-        is_exhausted = not left_over > np.finfo(np.float32).eps * np.sqrt(len(start)) * scale
-        if is_exhausted or step + 1 == num_products:
+        # Below the rounding of a float32 product nothing new is left, and no residual is known better; NaN ends it too.
+        rounding = _ROUNDINGS * np.finfo(np.float32).eps * scale
+        if not left_over > rounding or step + 1 == num_products:
             tridiagonal = np.diag(diagonal) + np.diag(off_diagonal, 1) + np.diag(off_diagonal, -1)
-            return Krylov(tridiagonal, 0.0 if is_exhausted else left_over), basis[: step + 1]
+            return Krylov(tridiagonal, float(max(left_over, rounding))), basis[: step + 1]
         basis[step + 1] = image / left_over
         off_diagonal.append(left_over)
 
@@ -89,7 +88,7 @@ def leading_eigenpairs(
     """Find up to `count` eigenpairs of the largest |eigenvalue|, a multiple one as often as it occurs.
 
     A Krylov space holds each eigenvalue once. So spaces are built one after another, each orthogonal to the pairs that earlier
-    ones found, until there are enough, none converges, or products run out.
+    ones found, until there are enough and nothing larger is left, none converges, or products run out.
 
     Args:
         rng: for starting vectors.
@@ -100,7 +99,7 @@ def leading_eigenpairs(
         max_products: in all.
     """
     values, residuals, vectors, spent = np.zeros(0), np.zeros(0), np.zeros((0, size), np.float32), 0
-    while len(values) < min(count, size) and spent < max_products:
+    while len(values) < size and spent < max_products:
         limit = min(num_products, max_products - spent, size - len(values))
         space, basis = krylov(product, rng.standard_normal(size), limit, vectors)
         spent += len(basis)
@@ -108,21 +107,26 @@ def leading_eigenpairs(
             break
         ritz, rotation = np.linalg.eigh(space.tridiagonal)
         bounds = np.abs(space.left_over * rotation[-1])
+        least = np.sort(np.abs(values))[-count] if len(values) >= count else 0.0
+        if np.abs(ritz).max() <= least * (1 + _CONVERGED):
+            break
         largest = max(np.abs(ritz).max(), np.abs(values).max(initial=0.0))
-        converged = np.flatnonzero((bounds <= _CONVERGED * np.abs(ritz)) & (np.abs(ritz) > _NOISE * largest))
-        converged = converged[np.argsort(-np.abs(ritz[converged]))][: count - len(values)]
+        converged = np.flatnonzero((bounds <= _CONVERGED * np.abs(ritz)) & (np.abs(ritz) > max(least, _NOISE * largest)))
+        converged = converged[np.argsort(-np.abs(ritz[converged]))][:count]
         if not len(converged):
             break
-        found = rotation[:, converged].T @ basis
+        found = rotation[:, converged].T.astype(np.float32) @ basis
         values, residuals = np.append(values, ritz[converged]), np.append(residuals, bounds[converged])
-        vectors = np.concatenate([vectors, (found / np.linalg.norm(found, axis=1, keepdims=True)).astype(np.float32)])
-    order = np.argsort(-np.abs(values))
+        vectors = np.concatenate([vectors, found / np.linalg.norm(found, axis=1, keepdims=True)])
+    order = np.argsort(-np.abs(values))[:count]
     return Eigenpairs(values[order], vectors[order], residuals[order])
 
 
 def _orthogonal(vector: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    return vector - rows.T @ (rows @ vector) if len(rows) else vector
+    # In float32, as the rows are: anything else would make a copy of them. It is done twice.
+    return vector - rows.T @ (rows @ vector.astype(np.float32)) if len(rows) else vector
 
 
+_ROUNDINGS = 4
 _CONVERGED, _NOISE = 1e-3, 1e-5
 """A Ritz pair has converged at this relative residual; sizes so far below the largest drown in the rounding of float32."""

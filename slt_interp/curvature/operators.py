@@ -1,6 +1,7 @@
 """Products with curvature matrices of a loss, on pytrees.
 
-Data that are sharded over devices stay so: a loss that is a mean over examples needs nothing else to run on all of them.
+Data that are sharded over devices stay so where they go through the loss at once: a loss that is a mean over examples needs
+nothing else to run on all devices. Blocks of examples are gathered on each.
 """
 
 from collections.abc import Callable

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Key
 from slt_interp.bases import Gaussian
 from slt_interp.curvature.checks import NOT_FINITE, check_symmetric, kink_warnings, saddle_warnings
 from slt_interp.curvature.gaussian import gaussian_llc, log_ellipsoid_mass
-from slt_interp.curvature.lanczos import Eigenpairs, Krylov, Product, krylov, leading_eigenpairs
+from slt_interp.curvature.lanczos import Eigenpairs, Product, krylov, leading_eigenpairs
 from slt_interp.curvature.operators import flat_hvp
 from slt_interp.data import Batch, num_examples
 from slt_interp.errors import InputError
@@ -33,7 +33,7 @@ class Spectrum:
     """Eigenvalues of a Hessian, or what stochastic Lanczos quadrature knows of them.
 
     Attributes:
-        ritz_values: (probe, i), nats per squared unit of weight, ascending. If exact: one probe, all eigenvalues.
+        ritz_values: (probe, i), nats per squared unit of weight. If exact: one probe, all eigenvalues, ascending.
         weights: (probe, i), how many directions each value stands for; each probe's sum to the dimension. Eigenpairs that were
             found to convergence stand in every probe, with weight 1.
         residuals: (probe, i), norm of H v - theta v for the unit Ritz vector v; at most this far is an eigenvalue. If exact,
@@ -173,8 +173,8 @@ def estimate_spectrum(
         params: the trained weights.
         data: examples, or None if the loss has none.
         num_matvecs: dimensions of a Krylov space, 96 by default.
-        num_probes: random vectors; by default from 8 to 64, until the standard error of the Gaussian LLC is at most 2 % at
-            every localization / nbeta above 1e-6 of the largest eigenvalue.
+        num_probes: random vectors; by default from 8 to 64, until the Gaussian LLC scatters over them by a standard error of at
+            most 2 % at every localization / nbeta above 1e-6 of the largest eigenvalue.
         block_size: examples that go through the loss at once, all by default.
 
     References:
@@ -237,6 +237,8 @@ def top_eigenpairs(
     check_key(key)
     check_target(LocalPosterior(loss_fn, params, 1.0, 1.0), params, data)
     size = dimension(params)
+    if data is not None:
+        num_examples(data)
     if not 1 <= count <= size:
         raise InputError(f"count must lie between 1 and the number of parameters, {size}, but is {count}")
     matvec = _host_product(loss_fn, params, data, block_size)
@@ -299,17 +301,17 @@ def _stochastic(
         rng, matvec, size, min(_DEFLATED, size // 4), num_products=2 * _DEFLATED, max_products=4 * _DEFLATED
     )
     rest = size - len(leading.values)
-    spaces: list[Krylov] = []
+    upper, lower = [], []
     while True:
-        spaces.append(krylov(matvec, rng.standard_normal(size), min(num_matvecs, rest), leading.vectors)[0])
-        if not np.isfinite(spaces[-1].tridiagonal).all():
+        space, _ = krylov(matvec, rng.standard_normal(size), min(num_matvecs, rest), leading.vectors)
+        if not np.isfinite(space.tridiagonal).all():
             raise InputError(NOT_FINITE)
-        spectrum = _joined(leading, spaces, rest)
-        if num_probes is None:
-            done = len(spaces) >= _MIN_PROBES and (len(spaces) == _MAX_PROBES or _probe_error(spectrum) <= _PROBE_ERROR)
-        else:
-            done = len(spaces) == num_probes
-        if done:
+        upper.append(_beside(leading, rest, *space.quadrature()))
+        lower.append(_beside(leading, rest, *space.lower_quadrature()))
+        if len(upper) < (_MIN_PROBES if num_probes is None else num_probes):
+            continue
+        spectrum = _joined(upper, lower)
+        if num_probes is not None or len(upper) == _MAX_PROBES or _probe_error(spectrum) <= _PROBE_ERROR:
             return spectrum
 
 
@@ -333,22 +335,23 @@ def _probe_error(spectrum: Spectrum) -> float:
     return float(np.max(found.std(axis=1, ddof=1) / np.sqrt(count) / found.mean(axis=1), initial=0.0))
 
 
-def _joined(leading: Eigenpairs, spaces: list[Krylov], rest: int) -> Spectrum:
-    """Let every probe's rules stand for the `rest` of the directions, beside the leading ones."""
-    ones = np.ones(len(leading.values))
+def _beside(
+    leading: Eigenpairs, rest: int, values: np.ndarray, weights: np.ndarray, *residuals: np.ndarray
+) -> list[np.ndarray]:
+    """Let a probe's rule stand for the `rest` of the directions, beside the leading ones."""
+    known = leading.values, np.ones(len(leading.values)), leading.residuals
+    return [np.append(x, y) for x, y in zip(known, (values, rest * weights, *residuals), strict=False)]
 
-    def rule(values: np.ndarray, weights: np.ndarray, *residuals: np.ndarray) -> tuple[np.ndarray, ...]:
-        beside = (leading.values, ones, leading.residuals)
-        return tuple(np.append(x, y) for x, y in zip(beside, (values, rest * weights, *residuals), strict=False))
 
-    upper = list(zip(*(rule(*space.quadrature()) for space in spaces), strict=True))
-    lower = list(zip(*(rule(*space.lower_quadrature()) for space in spaces), strict=True))
+def _joined(upper: list[list[np.ndarray]], lower: list[list[np.ndarray]]) -> Spectrum:
+    values, weights, residuals = zip(*upper, strict=True)
+    lower_values, lower_weights = zip(*lower, strict=True)
     return Spectrum(
-        _padded(upper[0], repeat=True),
-        _padded(upper[1]),
-        _padded(upper[2]),
+        _padded(values, repeat=True),
+        _padded(weights),
+        _padded(residuals),
         is_exact=False,
-        lower=(_padded(lower[0], repeat=True), _padded(lower[1])),
+        lower=(_padded(lower_values, repeat=True), _padded(lower_weights)),
     )
 
 
@@ -359,7 +362,7 @@ def _padded(columns: Sequence[np.ndarray], *, repeat: bool = False) -> np.ndarra
 
 
 _DEFLATED = 64
-"""Eigenpairs taken out. With 16 probes beside them no spectrum's Gaussian LLC has a standard error above 2.2 %: that of R equal
+"""Eigenpairs taken out. With 16 probes beside so many the Gaussian LLC has a standard error of at most 2.2 %: that of R equal
 directions that are left is at most sqrt(2 R / 16) of 64 + R."""
 
 _MIN_PROBES, _MAX_PROBES, _PROBE_ERROR = 8, 64, 0.02

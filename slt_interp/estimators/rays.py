@@ -346,7 +346,7 @@ def _conclude(
         "rays",
         "the part of the sublevel set that straight lines from params reach without leaving it (it can only be smaller than "
         "the whole), within the base measure",
-        DO_NOT_TRUST if unreliable.any() or returning.any() else OK,
+        DO_NOT_TRUST if unreliable.any() or returning.max() > _MAX_RETURNING else OK,
         tuple(warnings),
         {
             "ess": ess.tolist(),
@@ -358,6 +358,9 @@ def _conclude(
         },
     )
 
+
+_MAX_RETURNING = 0.01
+"""Share of rays that may come back to the set before the volume is not to be trusted; any do cause a warning."""
 
 _MIN_ESS = 100
 _MAX_SHAPE = 0.7

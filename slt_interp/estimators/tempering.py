@@ -36,8 +36,8 @@ def temper(
 ) -> Ladder:
     """Sample exp(-nbeta L) base(w) at rungs from nbeta = 0 to `max_nbeta`, by HMC with replica exchange on all data.
 
-    Costs about 8 gradients per chain, rung and step: a pilot of 150 steps on fewer rungs, up to three trials of 50 steps and
-    two more for each rung, and four for each rung before any draw is kept.
+    Costs about 8 gradients per chain, rung and step: a pilot of 150 steps on fewer rungs, three trials of 50 steps and two
+    more for each rung, and four for each rung before any draw is kept.
 
     Args:
         key: typed PRNG key.
