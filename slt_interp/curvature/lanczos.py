@@ -99,7 +99,7 @@ def leading_eigenpairs(
         max_products: in all.
     """
     values, residuals, vectors, spent = np.zeros(0), np.zeros(0), np.zeros((0, size), np.float32), 0
-    while len(values) < size and spent < max_products:
+    while count and len(values) < size and spent < max_products:
         limit = min(num_products, max_products - spent, size - len(values))
         space, basis = krylov(product, rng.standard_normal(size), limit, vectors)
         spent += len(basis)

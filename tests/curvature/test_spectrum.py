@@ -80,6 +80,13 @@ def test_krylov_space_is_matfrees_where_it_is_not_exhausted(key):
     )
 
 
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_few_weights_have_a_spectrum_by_probes_too(key, size):
+    spectrum = estimate_spectrum(key, lambda w, batch: jnp.sum(w**2), jnp.zeros(size), None, num_matvecs=1, num_probes=2)
+    np.testing.assert_allclose(spectrum.ritz_values, 2.0, rtol=1e-6)
+    np.testing.assert_allclose(spectrum.weights, size, rtol=1e-6)
+
+
 def test_one_probe_has_no_standard_error(key):
     _, loss_fn, params, data = prescribed("rank-deficient")
     spectrum = estimate_spectrum(key, loss_fn, params, data, num_matvecs=10, num_probes=1)
@@ -159,7 +166,7 @@ def diagonal(name, size):
 
 
 @pytest.mark.parametrize("name", LARGE)
-@pytest.mark.parametrize("size", [2500, pytest.param(20_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", [2500, 20_000])
 def test_gaussian_llc_of_large_spectra_by_default_settings(key, name, size):
     values, loss_fn, params, data = diagonal(name, size)
     spectrum = estimate_spectrum(key, loss_fn, params, data)
