@@ -82,7 +82,7 @@ def test_krylov_space_is_matfrees_where_it_is_not_exhausted(key):
 
 @pytest.mark.parametrize("size", [1, 3])
 def test_a_few_weights_have_a_spectrum_by_probes_too(key, size):
-    spectrum = estimate_spectrum(key, lambda w, batch: jnp.sum(w**2), jnp.zeros(size), None, num_matvecs=1, num_probes=2)
+    spectrum = estimate_spectrum(key, lambda w, batch: jnp.sum(w**2), jnp.zeros(size), None, num_matvecs=1, num_probes=1)
     np.testing.assert_allclose(spectrum.ritz_values, 2.0, rtol=1e-6)
     np.testing.assert_allclose(spectrum.weights, size, rtol=1e-6)
 
