@@ -195,7 +195,7 @@ if __name__ == "__main__":
         sys.exit()
     folder = Path("runs") / "curvature_scale"
     presets = {
-        "default": ("Everything: a quarter of an hour on a CPU.", _Arguments(Config(), folder)),
+        "default": ("Everything.", _Arguments(Config(), folder)),
         "smoke": ("See in a minute that it works.", _Arguments(SMOKE, folder)),
     }
     arguments = tyro.extras.overridable_config_cli(presets, description=__doc__)

@@ -112,17 +112,15 @@ def map_blocks(
     >>> map_blocks(lambda x: x.sum(), jax.numpy.arange(5.0), 2)[0].tolist()
     [1.0, 5.0, 4.0]
     """
-    count = num_examples(data)
-    whole = count // size
-    counts = jax.numpy.array([size] * whole + [count - whole * size] * (count > whole * size))
-    parts = []
-    if whole:
-        head = jax.tree.map(lambda x: jax.numpy.asarray(x)[: whole * size].reshape(whole, size, *x.shape[1:]), data)
+    head, tail = _blocks(data, size)
+    parts, counts = [], []
+    if head is not None:
         parts.append(jax.lax.map(function, head))
-    if count > whole * size:
-        tail = function(jax.tree.map(lambda x: jax.numpy.asarray(x)[whole * size :], data))
-        parts.append(jax.tree.map(lambda x: jax.numpy.asarray(x)[None], tail))
-    return jax.tree.map(lambda *x: jax.numpy.concatenate(x), *parts), counts
+        counts += [size] * num_examples(head)
+    if tail is not None:
+        parts.append(jax.tree.map(lambda x: jax.numpy.asarray(x)[None], function(tail)))
+        counts.append(num_examples(tail))
+    return jax.tree.map(lambda *x: jax.numpy.concatenate(x), *parts), jax.numpy.array(counts)
 
 
 def mean_over_blocks(function: Callable[[Batch], PyTree[Array]], data: Batch, size: int | None) -> PyTree[Array]:
@@ -137,18 +135,15 @@ def mean_over_blocks(function: Callable[[Batch], PyTree[Array]], data: Batch, si
         return function(data)
     if size < 1:
         raise InputError(f"a block must have at least 1 example, but block_size is {size}")
-    count = num_examples(data)
-    whole = count // size
+    (head, tail), count = _blocks(data, size), num_examples(data)
     total = None
-    if whole:
-        head = jax.tree.map(lambda x: jax.numpy.asarray(x)[: whole * size].reshape(whole, size, *x.shape[1:]), data)
+    if head is not None:
         zeros = jax.tree.map(
             lambda x: jax.numpy.zeros(x.shape, x.dtype), jax.eval_shape(function, jax.tree.map(lambda x: x[0], head))
         )
         total, _ = jax.lax.scan(lambda sum_, block: (_add(sum_, function(block), size / count), None), zeros, head)
-    if count > whole * size:
-        tail = function(jax.tree.map(lambda x: jax.numpy.asarray(x)[whole * size :], data))
-        total = _add(total, tail, 1 - whole * size / count)
+    if tail is not None:
+        total = _add(total, function(tail), num_examples(tail) / count)
     return total
 
 
@@ -163,6 +158,15 @@ def check_batches(batches: object) -> None:
             )
     elif isinstance(batches, FullBatch) and batches.data is not None:
         num_examples(batches.data)
+
+
+def _blocks(data: PyTree[Array], size: int) -> tuple[PyTree[Array] | None, PyTree[Array] | None]:
+    """Split into whole blocks along a leading axis, and the examples that are left; None where there are none."""
+    count = num_examples(data)
+    whole = count // size
+    head = jax.tree.map(lambda x: jax.numpy.asarray(x)[: whole * size].reshape(whole, size, *x.shape[1:]), data)
+    tail = jax.tree.map(lambda x: jax.numpy.asarray(x)[whole * size :], data)
+    return head if whole else None, tail if count > whole * size else None
 
 
 def _add(total: PyTree[Array] | None, part: PyTree[Array], weight: float) -> PyTree[Array]:

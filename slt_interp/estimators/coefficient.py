@@ -78,6 +78,7 @@ class LearningCoefficient:
 
 
 OF_CONSTANT_LOSS = LearningCoefficient(np.ones(1), np.zeros(1), np.zeros(1))
+"""log Z does not fall at all: coefficient 0, multiplicity 1, and nothing to estimate."""
 
 
 def fit_coefficient(

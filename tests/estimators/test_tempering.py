@@ -55,6 +55,15 @@ def test_energies_and_partition_functions_of_every_rung_are_exact(crossing):
 
 
 @pytest.mark.slow
+def test_a_constant_loss_has_coefficient_zero_however_few_the_rungs(crossing):
+    flat = np.zeros_like(crossing[1].loss[:3])
+    losses = {"loss": flat, "mean_loss": flat, "init_loss": 0.0, "lowest_loss": 0.0}
+    ladder = dataclasses.replace(crossing[1], nbetas=crossing[1].nbetas[:3], **losses)
+    found = ladder.learning_coefficient()
+    assert (found.coefficient, found.multiplicity, found.std_error) == (0.0, 1, 0.0)
+
+
+@pytest.mark.slow
 def test_kept_weights_are_those_of_the_losses(crossing):
     problem, ladder = crossing
     top = ladder.draws(-1)
