@@ -5,7 +5,7 @@
    control variate, run again at half the step size.
 3. Rounds, each of which doubles the run, until the error bar is small and no check fails, or the budget is spent. Where checks
    still fail at the first look after a fifth of it, a ladder of nbeta, whose draws enter thin arms of a singular set from the
-   base measure, or long trajectories where the ladder would have too many rungs.
+   base measure, or, where the ladder would have too many rungs, long trajectories that go on from where the chains are.
    Burn-in is the shortest of three parts of the run after which nothing drifts.
 """
 
@@ -99,7 +99,7 @@ def estimate_llc(
     budget = _BUDGETS[dimension(params) > MAX_WHITENED] if max_gradients is None else max_gradients
     if budget < 1:
         raise InputError(f"max_gradients must be at least 1, but is {max_gradients}: leave it out for the default")
-    names = ("chains", "pilot", "spectrum", "step", "bias", "batch", "long")
+    names = ("chains", "pilot", "spectrum", "step", "bias", "batch", "long", "settle")
     keys: dict[str, Key[Array, ""]] = dict(zip(names, jax.random.split(key, len(names)), strict=True))
     target = LocalPosterior(loss_fn, params, nbeta, 1.0 if localization is None else localization, mask)
     check_target(target, params, data)
@@ -169,6 +169,12 @@ trajectory does so in as many gradients as its length has widths, short ones tak
 _MIN_LONG = 20
 """Fewer long trajectories than this are not worth a change."""
 
+_SETTLING_PART, _TRIALS = 5, 6
+"""One of so many parts of the long trajectories is spent, in so many trials, on their step."""
+
+_UNSUITED, _REJECTED = 0.5, 0.11
+"""Rejected where the metric suits another place, and where the step is right; see `rungs.place_rungs`."""
+
 _METRIC_PART, _MAX_METRIC = 10, 2000
 """The metric is learned in one of so many parts of the budget, and in at most so many gradients."""
 
@@ -219,9 +225,10 @@ def _by_hmc(
         if found is not None:
             kernel, estimate, draws = found
         elif (left := int((budget - spent) / long)) >= _MIN_LONG:
-            kernel = replace(kernel, num_leapfrog=long)
-            estimate, draws = rounds(run, keys["long"], kernel=kernel, steps=left, patience=0)
-            spent += estimate.diagnostics["gradients_per_chain"]
+            settling = left // _SETTLING_PART
+            kernel, draws = _settled(run, keys["settle"], replace(kernel, num_leapfrog=long), draws, settling)
+            estimate, draws = rounds(run, keys["long"], kernel=kernel, steps=left - settling, patience=0, start=draws)
+            spent += settling * long + estimate.diagnostics["gradients_per_chain"]
     estimate.diagnostics["gradients_per_chain"] = spent
     return kernel, estimate, draws, slope
 
@@ -259,6 +266,50 @@ def _learn_metric(run: Callable[..., Draws], target: LocalPosterior, data: Batch
         )
     steepest = apply_metric(target, metric, _gradient(target, center, data))
     return replace(kernel, step_size=float(step_size), scale=metric), 0.5 * float(dot(steepest, steepest))
+
+
+def _settled(run: Callable[..., Draws], key: Key[Array, ""], kernel: HMC, draws: Draws, num_steps: int) -> tuple[HMC, Draws]:
+    """Go on from the ends of `draws`, and let the step suit the place that the chains have reached.
+
+    Where most moves are rejected the metric was learned too near the center: sigma is learned anew, without directions, as
+    those of one chain are not those of another.
+    """
+    is_unsuited, length = False, max(1, num_steps // _TRIALS)
+    draws = _at_ends(draws, kernel)
+    for trial in range(min(_TRIALS, num_steps)):
+        draws = run(
+            jax.random.fold_in(key, trial),
+            kernel,
+            num_draws=length,
+            chunk_size=length,
+            collect=_keep_gradient,
+            previous=draws,
+        )
+        finite = np.flatnonzero(draws.is_finite)
+        rejected = 1 - float(np.mean(np.asarray(draws.info.acceptance)[finite]))
+        is_unsuited |= rejected > _UNSUITED
+        if is_unsuited and trial < _TRIALS - 2:
+            squares = jax.tree.map(lambda g, i=finite: jnp.mean(jnp.asarray(g[i]) ** 2, axis=(0, 1)), draws.collected)
+            kernel = replace(kernel, scale=learned_scale(kernel.target, kernel.target.position(kernel.target.center), squares))
+        # Of what is rejected the square root goes with the step.
+        factor = min(2.0, np.sqrt(_REJECTED / max(rejected, 1e-6)))
+        kernel = replace(kernel, step_size=float(min(1.0, kernel.step_size * factor)))
+        draws = _at_ends(draws, kernel)
+    return kernel, draws
+
+
+def _at_ends(draws: Draws, kernel: HMC) -> Draws:
+    """Keep where the chains are, and no draws: `sample` goes on from there with `kernel`."""
+    return replace(
+        draws,
+        info=jax.tree.map(lambda x: x[:, :0], draws.info),
+        num_gradients=np.zeros_like(draws.num_gradients),
+        state=draws.state._replace(step_size=jnp.full_like(draws.state.step_size, kernel.step_size)),
+        kernel=kernel,
+        num_warmup=0,
+        num_burnin=0,
+        thinning=1,
+    )
 
 
 def _keep_gradient(state: MetropolisState, info: Info) -> Params:

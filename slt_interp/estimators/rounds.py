@@ -30,14 +30,17 @@ def in_rounds(
     num_warmup: int = 0,
     patience: int | None = None,
     gives_up: bool = False,
+    start: Draws | None = None,
 ) -> tuple[LLCEstimate, Draws]:
     """Double the run until its error bar is small and no check fails, or `steps` are made, warm-up included.
 
-    After `patience` steps flat directions may stay as they are, and if it `gives_up` a run that fails a check ends.
+    After `patience` steps flat directions may stay as they are, and if it `gives_up` a run that fails a check ends. Chains go
+    on from `start`, which holds no draws, if it is given.
     """
     steps = max(1, steps - num_warmup)
     thinning = -(-steps // _MAX_DRAWS)
-    last, num_draws, draws = max(1, steps // thinning), FIRST_ROUND, None
+    last, num_draws = max(1, steps // thinning), FIRST_ROUND
+    draws = None if start is None else replace(start, thinning=thinning)
     collect = keep_energy(kernel.target) if is_full else keep_nothing
     while True:
         num_draws = min(num_draws, last)

@@ -306,7 +306,8 @@ def _continue(previous: Draws, kernel: Kernel, kept: _Memory, num_draws: int, co
         )
     if fingerprint(_with_schedule(previous.kernel)) != fingerprint(_with_schedule(kernel)):
         raise InputError("previous holds draws of another kernel, or of another target: give the kernel that made them")
-    kept.append(named(previous.info, previous.collected))
+    if held[1]:
+        kept.append(named(previous.info, previous.collected))
     return previous.num_steps
 
 
