@@ -225,10 +225,11 @@ def _by_hmc(
         if found is not None:
             kernel, estimate, draws = found
         elif (left := int((budget - spent) / long)) >= _MIN_LONG:
-            settling = left // _SETTLING_PART
-            kernel, draws = _settled(run, keys["settle"], replace(kernel, num_leapfrog=long), draws, settling)
-            estimate, draws = rounds(run, keys["long"], kernel=kernel, steps=left - settling, patience=0, start=draws)
-            spent += settling * long + estimate.diagnostics["gradients_per_chain"]
+            length = left // (_SETTLING_PART * _TRIALS)
+            kernel, draws = _settled(run, keys["settle"], replace(kernel, num_leapfrog=long), draws, length)
+            steps = left - _TRIALS * length
+            estimate, draws = rounds(run, keys["long"], kernel=kernel, steps=steps, patience=0, start=draws)
+            spent += _TRIALS * length * long + estimate.diagnostics["gradients_per_chain"]
     estimate.diagnostics["gradients_per_chain"] = spent
     return kernel, estimate, draws, slope
 
@@ -268,15 +269,14 @@ def _learn_metric(run: Callable[..., Draws], target: LocalPosterior, data: Batch
     return replace(kernel, step_size=float(step_size), scale=metric), 0.5 * float(dot(steepest, steepest))
 
 
-def _settled(run: Callable[..., Draws], key: Key[Array, ""], kernel: HMC, draws: Draws, num_steps: int) -> tuple[HMC, Draws]:
-    """Go on from the ends of `draws`, and let the step suit the place that the chains have reached.
+def _settled(run: Callable[..., Draws], key: Key[Array, ""], kernel: HMC, draws: Draws, length: int) -> tuple[HMC, Draws]:
+    """Go on from the ends of `draws`, and let the step suit the place that the chains have reached, in trials of some length.
 
     Where most moves are rejected the metric was learned too near the center: sigma is learned anew, without directions, as
     those of one chain are not those of another.
     """
-    is_unsuited, length = False, max(1, num_steps // _TRIALS)
-    draws = _at_ends(draws, kernel)
-    for trial in range(min(_TRIALS, num_steps)):
+    is_unsuited, draws = False, _at_ends(draws, kernel)
+    for trial in range(_TRIALS if length else 0):
         draws = run(
             jax.random.fold_in(key, trial),
             kernel,

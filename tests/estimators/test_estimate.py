@@ -10,9 +10,10 @@ import pytest
 import scipy.stats
 from flax import nnx
 
-from slt_interp import SGLD, Spectrum, analytic, estimate_llc, estimate_spectrum, sample
+from slt_interp import HMC, SGLD, FullBatch, LocalPosterior, Spectrum, analytic, estimate_llc, estimate_spectrum, sample
 from slt_interp.errors import InputError
 from slt_interp.estimators.calibration import local_window, resolved_localization_effect
+from slt_interp.estimators.estimate import _settled as settle
 
 X = jax.random.normal(jax.random.key(3), (400, 6))
 DATA = {"x": X, "y": X @ jnp.arange(6.0) + jax.random.normal(jax.random.key(4), (400,))}
@@ -118,6 +119,23 @@ def test_budget_is_spent_where_checks_fail_and_long_trajectories_have_their_part
         assert estimate.status == "do not trust"
         assert budget - max(expected) < estimate.diagnostics["gradients_per_chain"] <= budget
         assert lengths == expected
+
+
+@pytest.mark.slow
+def test_step_and_metric_that_suit_another_place_are_learned_anew_where_the_chains_are(key):
+    curvatures = jnp.array([1e4, 1e2, 1.0, 1e4, 1e2, 1.0])
+    target = LocalPosterior(lambda w, batch: 0.5 * jnp.sum(curvatures * w**2), jnp.zeros(6), nbeta=1.0, localization=1.0)
+    kernel = HMC(target, 0.5, num_leapfrog=16, scale=jnp.ones(6))
+    run = functools.partial(sample, params=jnp.zeros(6), batches=FullBatch(None), num_chains=4, progress=False)
+    first = run(key, kernel, num_draws=5)
+    assert np.mean(first.info.acceptance) < 0.5
+    settled, ends = settle(run, key, kernel, first, 40)
+    assert ends.loss.shape == (4, 0)
+    # Of 160 squared gradients each, with 4 chains' correlations: within a factor of 2.
+    np.testing.assert_allclose(settled.scale * jnp.sqrt(curvatures + 1), 1.0, atol=0.5)
+    draws = run(key, settled, num_draws=200, previous=ends)
+    assert 0.75 < np.mean(draws.info.acceptance) < 0.98
+    assert np.all(draws.state.step_size == settled.step_size)
 
 
 @pytest.mark.slow
