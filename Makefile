@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 WHOLE_STUDIES := tests/test_studies_and_reports.py
 
-.PHONY: install report test test-all lint clean
+.PHONY: install report notebooks test test-all lint clean
 
 install: .venv/installed
 
@@ -16,6 +16,10 @@ install: .venv/installed
 report: install
 	$(BIN)/slt-interp run hierarchical-equality --out runs/hierarchical-equality
 
+# Each notebook is a script, and beside it lies what running it gives.
+notebooks: install
+	$(BIN)/jupytext --to ipynb --set-kernel python3 --execute notebooks/*.py
+
 # The tests of whole studies run alone: they use both cores themselves, and a reader may look at their times.
 test: install
 	$(BIN)/python -m pytest $(WHOLE_STUDIES)
@@ -25,7 +29,7 @@ test: install
 test-all: install
 	$(BIN)/python -m pytest -m '' $(WHOLE_STUDIES)
 	$(BIN)/python -m pytest -n 2 --ignore=$(WHOLE_STUDIES)
-	$(BIN)/python -m pytest -m slow -n 2 --dist worksteal --ignore=$(WHOLE_STUDIES)
+	$(BIN)/python -m pytest -m slow -n 2 --dist worksteal --durations=30 --ignore=$(WHOLE_STUDIES)
 
 lint: install
 	$(BIN)/ruff format --check .

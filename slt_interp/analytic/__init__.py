@@ -2,6 +2,7 @@
 
 from slt_interp.analytic.catalogue import catalogue, volume_catalogue
 from slt_interp.analytic.deep_linear import deep_linear, deep_linear_local_rlct, deep_linear_rlct
+from slt_interp.analytic.modules import coupled_modules
 from slt_interp.analytic.networks import (
     dead_relu,
     gaussian_mixture,
@@ -21,6 +22,7 @@ __all__ = [
     "AnalyticProblem",
     "Product",
     "catalogue",
+    "coupled_modules",
     "crossing_discs",
     "cusp",
     "dead_relu",

@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -15,9 +15,9 @@ from slt_interp.tree import Params
 
 @dataclass(frozen=True)
 class MLP:
-    """A ReLU network of the given widths, inputs and outputs included; the site `layer1` is the first hidden layer.
+    """A network of the given widths, inputs and outputs included; the site `layer1` is the first hidden layer.
 
-    Two networks of equal widths are equal, so that jitted functions of them are shared.
+    Two networks of equal widths and nonlinearity are equal, so that jitted functions of them are shared.
 
     >>> network = MLP((16, 16, 16, 16, 2))
     >>> network.sites
@@ -28,16 +28,17 @@ class MLP:
     """
 
     widths: tuple[int, ...]
+    activation: Callable[[Array], Array] = jax.nn.relu
 
     @property
     def sites(self) -> tuple[str, ...]:
-        """Names of the hidden layers, whose activations follow the ReLU."""
+        """Names of the hidden layers, whose activations follow the nonlinearity."""
         return tuple(f"layer{i + 1}" for i in range(len(self.widths) - 2))
 
     @functools.partial(jax.jit, static_argnums=0)
     def init(self, key: Key[Array, ""]) -> Params:
         """Draw initial weights (flax's defaults): {"layers": {i: {"kernel": (in, out), "bias": (out,)}}}."""
-        return nnx.to_pure_dict(nnx.state(_Module(self.widths, nnx.Rngs(key)), nnx.Param))
+        return nnx.to_pure_dict(nnx.state(_Module(self.widths, self.activation, nnx.Rngs(key)), nnx.Param))
 
     def apply(self, params: Params, inputs: Float[Array, "example input"], tap: Tap = no_tap) -> Float[Array, "example output"]:
         """Compute the logits, calling `tap` at every hidden layer."""
@@ -47,16 +48,17 @@ class MLP:
 @functools.cache
 def _graph(network: MLP) -> nnx.GraphDef:
     """Find the module's structure, without its weights."""
-    return nnx.graphdef(nnx.eval_shape(lambda: _Module(network.widths, nnx.Rngs(0))))
+    return nnx.graphdef(nnx.eval_shape(lambda: _Module(network.widths, network.activation, nnx.Rngs(0))))
 
 
 class _Module(nnx.Module):
-    def __init__(self, widths: Sequence[int], rngs: nnx.Rngs):
+    def __init__(self, widths: Sequence[int], activation: Callable[[Array], Array], rngs: nnx.Rngs):
+        self.activation = activation
         self.layers = nnx.List([nnx.Linear(a, b, rngs=rngs) for a, b in itertools.pairwise(widths)])
 
     def __call__(self, inputs: Array, tap: Tap) -> Array:
         *hidden, head = self.layers
         activation = inputs
         for i, layer in enumerate(hidden):
-            activation = tap(f"layer{i + 1}", jax.nn.relu(layer(activation)))
+            activation = tap(f"layer{i + 1}", self.activation(layer(activation)))
         return head(activation)

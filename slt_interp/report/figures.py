@@ -1,6 +1,8 @@
 """Figures of reports: numbers in, a matplotlib figure out. Every one shows its uncertainty and its units."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -192,6 +194,155 @@ def survival(
     return figure
 
 
-def _axes(columns: int, *, height: float = 3.8, sharey: bool = False) -> tuple[Figure, list[Axes]]:
+@dataclass(frozen=True)
+class Comparison:
+    """One panel: what was sampled, what the Hessian predicts and what is exact, over a common axis.
+
+    Attributes:
+        title: of the panel.
+        sampled: x, values, standard errors, and whether each is to be trusted.
+        predicted: x and values.
+        exact: x and values, or None.
+        levels: values that do not depend on x, by what they are.
+        ticks: names of x = 0, 1, ..., if x is a count.
+    """
+
+    title: str
+    sampled: tuple[Numbers, Numbers, Numbers, Sequence[bool]]
+    predicted: tuple[Numbers, Numbers]
+    exact: tuple[Numbers, Numbers] | None = None
+    levels: Mapping[str, float] = field(default_factory=dict)
+    ticks: tuple[str, ...] = ()
+
+
+def comparisons(panels: Sequence[Comparison], *, xlabel: str, ylabels: Sequence[str], logarithmic: bool = False) -> Figure:
+    """Plot panels side by side, three a row at most; open marks are not to be trusted, bars are two standard errors.
+
+    Args:
+        panels: what to plot.
+        xlabel: of all.
+        ylabels: of each, or one for all.
+        logarithmic: whether values are on a logarithmic axis.
+    """
+    columns = min(3, len(panels)) if len(panels) != 4 else 2
+    rows = -(-len(panels) // columns)
+    figure, all_axes = _axes(columns, rows=rows, height=0.6 + 2.9 * rows)
+    dashes = ((0, (1, 1)), (0, (4, 1, 1, 1)))
+    entries: dict[str, Any] = {}
+    for i, (axes, panel) in enumerate(zip(all_axes, panels, strict=False)):
+        if panel.exact is not None:
+            axes.plot(*panel.exact, color="k", label="exact")
+        axes.plot(*panel.predicted, color=PREDICTED, linestyle="--", label="Hessian (Gaussian)")
+        x, values, errors, trusted = panel.sampled
+        marks = np.asarray(trusted)
+        axes.errorbar(x, values, 2 * errors, fmt="none", ecolor=SAMPLED, capsize=2)
+        for chosen, fill, label in ((marks, SAMPLED, "sampled"), (~marks, "white", "sampled, not to be trusted")):
+            if chosen.any():
+                axes.plot(x[chosen], values[chosen], "o", color=SAMPLED, markersize=4, markerfacecolor=fill, label=label)
+        for (label, value), dash in zip(panel.levels.items(), dashes, strict=False):
+            axes.axhline(value, color="0.45", linestyle=dash, linewidth=1.2, label=label)
+        axes.set_title("\n".join(textwrap.wrap(panel.title, 36)), fontsize=9)
+        axes.set_ylabel(ylabels[i % len(ylabels)])
+        if panel.ticks:
+            axes.set_xticks(range(len(panel.ticks)), panel.ticks)
+        else:
+            axes.set_xscale("log")
+        if logarithmic:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter(NullFormatter())
+        if i >= len(panels) - columns:
+            axes.set_xlabel(xlabel)
+        entries |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    for axes in all_axes[len(panels) :]:
+        axes.remove()
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=len(entries))
+    return figure
+
+
+def shares(names: Sequence[str], sampled: tuple[Numbers, Numbers, Sequence[bool]], others: Mapping[str, Numbers]) -> Figure:
+    """Plot what methods give as a multiple of the exact value, a row for each problem; open marks are not to be trusted."""
+    figure, (axes,) = _axes(1, height=1.2 + 0.5 * len(names))
+    rows = np.arange(len(names))[::-1]
+    axes.axvline(1.0, color="k", label="exact")
+    values, errors, trusted = sampled
+    marks = np.asarray(trusted)
+    axes.errorbar(values, rows, xerr=2 * errors, fmt="none", ecolor=SAMPLED, capsize=2)
+    for chosen, fill, label in ((marks, SAMPLED, "sampled"), (~marks, "white", "sampled, not to be trusted")):
+        if chosen.any():
+            axes.plot(values[chosen], rows[chosen], "o", color=SAMPLED, markerfacecolor=fill, label=label, zorder=3)
+    # Hollow and of several sizes: where the Hessian is right they coincide.
+    looks = ((PREDICTED, "s", 11), ("0.3", "^", 4), ("0.45", "x", 6))
+    for (label, multiples), (color, mark, size) in zip(others.items(), looks, strict=True):
+        axes.plot(multiples, rows, mark, color=color, markersize=size, markerfacecolor="none", label=label)
+    axes.set_yticks(rows, ["\n".join(textwrap.wrap(name, 36)) for name in names])
+    axes.set(xscale="log", xlabel="multiple of the learning coefficient", ylim=(-0.6, len(names) - 0.4))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
+
+
+def along_training(
+    steps: Numbers,
+    losses: Mapping[str, Numbers],
+    llc: tuple[Numbers, Numbers, Sequence[bool]],
+    predicted: Numbers,
+    num_held: Numbers,
+) -> Figure:
+    """Plot losses, and beside them the sampled LLC and what the Hessian says, over checkpoints; step 0 is shown at 1/2."""
+    figure, (left, right) = _axes(2)
+    x = np.maximum(steps, 0.5)
+    for (label, values), color in zip(losses.items(), (SAMPLED, RIVAL), strict=True):
+        left.plot(x, values, "o-", color=color, markersize=3, label=label)
+    values, errors, trusted = llc
+    marks = np.asarray(trusted)
+    right.errorbar(x, values, 2 * errors, color=SAMPLED, capsize=2, linewidth=1)
+    for chosen, fill, label in ((marks, SAMPLED, "sampled"), (~marks, "white", "sampled, not to be trusted")):
+        if chosen.any():
+            right.plot(x[chosen], values[chosen], "o", color=SAMPLED, markersize=5, markerfacecolor=fill, label=label)
+    right.plot(x, predicted, "s--", color=PREDICTED, markersize=4, label="Hessian (Gaussian)")
+    right.plot(x, num_held / 2, "^:", color="0.45", markersize=4, label=r"eigenvalues above $\gamma / n\beta$, half of them")
+    right.set_yscale("symlog", linthresh=10.0)
+    for axes, label in ((left, "loss (nats)"), (right, "LLC (dimensionless)")):
+        axes.set(xscale="log", xlabel="training step", ylabel=label)
+    left.set_yscale("log")
+    left.legend()
+    figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return figure
+
+
+def scatters(
+    groups: Mapping[str, Numbers], values: Mapping[str, Numbers], outcome: Numbers, titles: Mapping[str, str], *, ylabel: str
+) -> Figure:
+    """Plot an outcome over each of several measures, one color for each group of points.
+
+    Args:
+        groups: for each group, the indices of its points.
+        values: the measures, by name.
+        outcome: on every vertical axis.
+        titles: above the panels.
+        ylabel: of the outcome.
+    """
+    columns = 4
+    rows = -(-len(values) // columns)
+    figure, all_axes = _axes(columns, rows=rows, height=0.6 + 2.3 * rows, sharey=True)
+    colors = colormaps["viridis"](np.linspace(0, 0.85, len(groups)))
+    for i, (axes, (name, x)) in enumerate(zip(all_axes, values.items(), strict=False)):
+        for (label, indices), color in zip(groups.items(), colors, strict=True):
+            axes.plot(x[indices], outcome[indices], "o", color=color, markersize=3.5, label=label)
+        axes.set_title(titles[name], fontsize=9)
+        axes.set_xlabel("\n".join(textwrap.wrap(name, 28)), fontsize=9)
+        if i % columns == 0:
+            axes.set_ylabel(ylabel)
+    for axes in all_axes[len(values) :]:
+        axes.remove()
+    figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(groups))
+    return figure
+
+
+def _axes(columns: int, *, rows: int = 1, height: float = 3.8, sharey: bool = False) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(9.5, height), layout="constrained")
-    return figure, list(figure.subplots(1, columns, sharey=sharey, squeeze=False).ravel())
+    return figure, list(figure.subplots(rows, columns, sharey=sharey, squeeze=False).ravel())

@@ -1,8 +1,8 @@
 """End-to-end studies: a configuration in, a run directory out."""
 
-from slt_interp.studies import hierarchical_equality
+from slt_interp.studies import hierarchical_equality, llc_vs_hessian
 from slt_interp.studies.study import PRESETS, Study, check_preset, run_study
 
-STUDIES: dict[str, Study] = {study.name: study for study in (hierarchical_equality.STUDY,)}
+STUDIES: dict[str, Study] = {study.name: study for study in (hierarchical_equality.STUDY, llc_vs_hessian.STUDY)}
 
 __all__ = ["PRESETS", "STUDIES", "Study", "check_preset", "run_study"]

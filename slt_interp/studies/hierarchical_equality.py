@@ -27,7 +27,7 @@ from slt_interp.degradation.dials import Degraded, TemperedPosterior, WeightNois
 from slt_interp.degradation.matching import LossProbe, match
 from slt_interp.errors import InputError
 from slt_interp.estimators.calibration import customary_nbeta, settled_step_size
-from slt_interp.estimators.llc import LLCEstimate, llc, mean_loss
+from slt_interp.estimators.llc import llc, mean_loss
 from slt_interp.models.mlp import MLP
 from slt_interp.posterior import LocalPosterior
 from slt_interp.probes.alignment import fit_alignment, random_rotations
@@ -36,7 +36,8 @@ from slt_interp.probes.interchange import Alignment, InterchangeProbe
 from slt_interp.samplers.chains import chain_mesh, sample
 from slt_interp.samplers.sgld import SGLD
 from slt_interp.storage import Arrays, RunDirectory
-from slt_interp.studies.study import Study
+from slt_interp.studies.networks import SmoothedCrossEntropy, describe, pack, unpack
+from slt_interp.studies.study import Study, check_ranges
 from slt_interp.tasks.hierarchical_equality import NUM_INPUTS, FreshExamples, draw_counterfactuals
 from slt_interp.training import polish, train
 from slt_interp.tree import Params, dimension, dot, norm, register_dataclass
@@ -145,26 +146,6 @@ _NOISE_BRACKET = (1e-4, 1.0)
 _EVALUATION_SIZE = 65536
 
 
-@dataclass(frozen=True)
-class SmoothedCrossEntropy:
-    """Mean cross-entropy to smoothed labels, nats per example; its smallest value is the entropy of the targets."""
-
-    network: MLP
-    smoothing: float
-
-    def __call__(self, params: Params, batch: dict[str, Array]) -> Float[Array, ""]:
-        """Compute the loss on {"inputs": (example, 16), "labels": (example,)}."""
-        log_probabilities = jax.nn.log_softmax(self.network.apply(params, batch["inputs"]))
-        right = jnp.take_along_axis(log_probabilities, batch["labels"][:, None], axis=1)[:, 0]
-        return -jnp.mean((1 - self.smoothing) * right + self.smoothing * log_probabilities.mean(axis=1))
-
-    @property
-    def floor(self) -> float:
-        """Entropy of the smoothed targets, nats: no network has a smaller loss."""
-        s = self.smoothing / 2
-        return float(-(1 - s) * np.log(1 - s) - s * np.log(s)) if s > 0 else 0.0
-
-
 @functools.partial(register_dataclass, data_fields=["center", "loss", "interchange"], meta_fields=[])
 @dataclass(frozen=True)
 class _Readings:
@@ -194,10 +175,7 @@ def check(config: Config) -> None:
     ranges |= {"alignment_size": (1, width // 2), "llc_burnin": (0, np.inf), "dial_burnin": (0, np.inf)}
     ranges |= {"label_smoothing": (0, 0.5), "accuracy_goal": (0, 1), "learning_rate": (1e-12, 1e3)}
     ranges |= {"localization": (1e-12, 1e12), "llc_tolerance": (1e-6, 1), "dial_tolerance": (1e-6, 1), "nbeta": (1e-12, 1e12)}
-    for name, (low, high) in ranges.items():
-        value = getattr(config, name)
-        if value is not None and not low <= value <= high:
-            raise InputError(f"{name} must lie between {low:g} and {high:g}, but is {value}: change --{name.replace('_', '-')}")
+    check_ranges(config, ranges)
     if len(config.dial_nbetas) < 5 or not all(0 < nbeta < np.inf for nbeta in config.dial_nbetas):
         raise InputError(
             f"dial_nbetas must be five or more positive numbers, but is {config.dial_nbetas}: change --dial-nbetas"
@@ -219,7 +197,7 @@ def compute(config: Config, run: RunDirectory, progress: bool) -> dict[str, Any]
 
     trained = stage("training", _train)
     data = FreshExamples(config.num_examples)(jax.random.fold_in(keys["polish"], 0))
-    params = _unpack(stage("polish", _polish, _unpack(trained), data))
+    params = unpack(NETWORK, stage("polish", _polish, unpack(NETWORK, trained), data))
     eigen = stage("spectrum", _spectrum, params, data)
     spectrum = Spectrum(eigen["ritz_values"], eigen["weights"], eigen["residuals"], is_exact=True)
     stage("llc", _llc, params, data, spectrum)
@@ -297,8 +275,8 @@ def _train(key: Array, config: Config, loss_fn: SmoothedCrossEntropy, progress: 
         "test_accuracy": accuracies,
         "test_accuracy_std_error": np.sqrt(accuracies * (1 - accuracies) / _EVALUATION_SIZE),
         "train_loss": training.losses,
-        **_pack(training.params),
-        **{f"checkpoints{name}": leaf for name, leaf in _pack(training.checkpoints).items()},
+        **pack(training.params),
+        **{f"checkpoints{name}": leaf for name, leaf in pack(training.checkpoints).items()},
     }
     return found, arrays
 
@@ -321,7 +299,7 @@ def _polish(
         "accuracy": float(_accuracy(result.params, data)),
         "test_accuracy": float(_accuracy(result.params, test)),
     }
-    return found, _pack(result.params)
+    return found, pack(result.params)
 
 
 def _spectrum(
@@ -388,7 +366,7 @@ def _llc(
     stable = step_size * s < 4
     by_step = 0.5 * np.sum(np.where(stable, k / (s * (1 - step_size * np.where(stable, s, 0) / 4)) - k / s, np.nan))
     found = {
-        **_describe(estimate),
+        **describe(estimate),
         "step_size": step_size,
         "init_loss_sampling_error": sampling_error,
         "gaussian_step_bias": by_step,
@@ -501,7 +479,7 @@ def _degrade(
             {
                 "nbeta": nbeta,
                 "excess_loss": by_posterior["excess_loss"],
-                "estimate": _describe(drawn.estimate),
+                "estimate": describe(drawn.estimate),
                 "gaussian_llc": spectrum.llc(nbeta, config.localization)[0],
                 "dials": {"posterior": by_posterior, "weight_noise": measure(matched.degraded, matched.level)},
             }
@@ -533,22 +511,6 @@ def _over_chains(name: str, values: Float[np.ndarray, "chain draw"]) -> dict[str
     return {name: per_chain.mean(), f"{name}_std_error": error, f"{name}_per_chain": per_chain}
 
 
-def _describe(estimate: LLCEstimate) -> dict[str, Any]:
-    fields = (
-        "llc",
-        "std_error",
-        "init_loss",
-        "init_loss_std_error",
-        "nbeta",
-        "localization",
-        "ess",
-        "rhat",
-        "status",
-        "warnings",
-    )
-    return {**{name: getattr(estimate, name) for name in fields}, "diagnostics": dict(estimate.diagnostics)}
-
-
 @jax.jit
 def _accuracy(params: Params, data: dict[str, Array]) -> Float[Array, ""]:
     return jnp.mean(NETWORK.apply(params, data["inputs"]).argmax(axis=-1) == data["labels"])
@@ -556,19 +518,6 @@ def _accuracy(params: Params, data: dict[str, Array]) -> Float[Array, ""]:
 
 def _nbeta(config: Config) -> float:
     return customary_nbeta(config.num_examples) if config.nbeta is None else config.nbeta
-
-
-def _pack(params: Params) -> Arrays:
-    """Name the leaves of a pytree of weights for an .npz file."""
-    return {
-        f"params{jax.tree_util.keystr(path)}": np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }
-
-
-def _unpack(arrays: Arrays) -> Params:
-    """Read weights back into the structure of `NETWORK`."""
-    shapes = jax.eval_shape(NETWORK.init, jax.random.key(0))
-    return jax.tree_util.tree_map_with_path(lambda path, _: jnp.asarray(arrays[f"params{jax.tree_util.keystr(path)}"]), shapes)
 
 
 _STAGES = ("training", "polish", "spectrum", "llc", "alignment", "degradation")

@@ -57,3 +57,11 @@ def check_preset(study: Study, preset: str) -> Any:
     if preset not in study.presets:
         raise InputError(f"there is no preset {preset!r} of {study.name}: choose one of {', '.join(PRESETS)}")
     return study.presets[preset]
+
+
+def check_ranges(config: Any, ranges: Mapping[str, tuple[float, float]]) -> None:
+    """Raise InputError for the first setting that lies outside its range; those that are None pass."""
+    for name, (low, high) in ranges.items():
+        value = getattr(config, name)
+        if value is not None and not low <= value <= high:
+            raise InputError(f"{name} must lie between {low:g} and {high:g}, but is {value}: change --{name.replace('_', '-')}")

@@ -190,3 +190,32 @@ def test_rotation_changes_no_loss(key):
 def test_bad_input_is_one_sentence(make, message):
     with pytest.raises(InputError, match=message):
         make()
+
+
+@pytest.mark.parametrize("coupling", [0.0, 0.9, 1.0])
+def test_coupled_modules_have_the_energies_and_volumes_of_draws(coupling):
+    problem = analytic.coupled_modules(coupling)
+    # The products of two modules: a . b in two dimensions each.
+    p, q = np.sum(np.prod(np.random.default_rng(0).standard_normal((2, 2, 400_000, 2)), axis=1), axis=-1)
+    k = 0.5 * (p**2 + q**2 + 2 * coupling * p * q)
+    for threshold in (1e-2, 1.0):
+        share = np.mean(k <= threshold)
+        assert abs(np.exp(problem.log_volume(threshold)) - share) < 4 * np.sqrt(share / len(k))
+    weights = np.exp(-10 * k) / np.sum(np.exp(-10 * k))
+    mean = np.sum(weights * 10 * k)
+    assert abs(problem.energy(10.0, 1.0) - mean) < 4 * np.sqrt(np.sum(weights**2 * (10 * k - mean) ** 2))
+    # At large nbeta the energy is the learning coefficient, at any localization it depends on nbeta / localization^2 alone.
+    assert problem.energy(1e7, 1.0) == pytest.approx(problem.rlct, abs=0.01)
+    assert problem.energy(9e4, 3.0) == pytest.approx(problem.energy(1e4, 1.0), abs=1e-6)
+    params = {"first": jnp.array([[1.0, 2.0], [3.0, -1.0]]), "second": jnp.array([[0.5, 1.0], [1.0, 1.0]])}
+    expected = 0.5 * (1 + 1.5**2 + 2 * coupling * 1.5)
+    assert float(problem.loss_fn(params, problem.data)) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(("coupling", "rank"), [(0.0, 2), (0.9, 2), (1.0, 1)])
+def test_coupled_modules_at_a_smooth_minimum_have_the_rank_of_their_hessian(coupling, rank):
+    problem = analytic.coupled_modules(coupling, product=1.0)
+    hessian = jax.hessian(lambda w: problem.loss_fn({"first": w[0], "second": w[1]}, problem.data))
+    values = np.linalg.eigvalsh(np.reshape(hessian(jnp.stack([problem.center["first"], problem.center["second"]])), (8, 8)))
+    assert np.sum(values > 1e-5) == rank == 2 * problem.rlct
+    np.testing.assert_allclose(values[-2:], [2 * (1 - coupling), 2 * (1 + coupling)], atol=1e-5)
