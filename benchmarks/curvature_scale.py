@@ -153,9 +153,10 @@ def _measure_network(config: Config, block_size: int | None) -> dict[str, Any]:
         flat, unravel = jax.flatten_util.ravel_pytree(params)
 
         def matmat(vectors: Any) -> Any:
-            products = jax.lax.map(
-                lambda v: jax.flatten_util.ravel_pytree(hvp(loss_fn, params, data, unravel(v)))[0], vectors.T
-            )
+            # LOBPCG takes a function and no arguments of it: without a barrier XLA computes at compile time what depends on
+            # these alone, for minutes.
+            fixed = jax.lax.optimization_barrier((params, data))
+            products = jax.lax.map(lambda v: jax.flatten_util.ravel_pytree(hvp(loss_fn, *fixed, unravel(v)))[0], vectors.T)
             return products.T
 
         starts = jax.random.normal(keys[0], (flat.size, config.num_peer_pairs))
