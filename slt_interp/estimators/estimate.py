@@ -30,14 +30,14 @@ from slt_interp.estimators.calibration import (
     settled_step_size,
 )
 from slt_interp.estimators.llc import DO_NOT_TRUST, LLCEstimate, mean_loss
-from slt_interp.estimators.rounds import in_rounds, ladder_in_rounds
+from slt_interp.estimators.rounds import in_rounds, keep_gradient, ladder_in_rounds, settle
 from slt_interp.estimators.rungs import MAX_WHITENED, Families
 from slt_interp.posterior import LocalPosterior, LossFn, check_target
 from slt_interp.samplers.chains import chain_mesh, sample
 from slt_interp.samplers.draws import Draws, keep_nothing
-from slt_interp.samplers.hamiltonian import MetropolisState, apply_metric, learned_metric, learned_scale, needs_directions
+from slt_interp.samplers.hamiltonian import apply_metric, learned_metric, learned_scale, needs_directions
 from slt_interp.samplers.hmc import HMC
-from slt_interp.samplers.kernel import Info, Kernel
+from slt_interp.samplers.kernel import Kernel
 from slt_interp.samplers.sgld import SGLD
 from slt_interp.tree import Params, check_key, dimension, dot, norm
 
@@ -169,11 +169,8 @@ trajectory does so in as many gradients as its length has widths, short ones tak
 _MIN_LONG = 20
 """Fewer long trajectories than this are not worth a change."""
 
-_SETTLING_PART, _TRIALS = 5, 6
-"""One of so many parts of the long trajectories is spent, in so many trials, on their step."""
-
-_UNSUITED, _REJECTED = 0.5, 0.11
-"""Rejected where the metric suits another place, and where the step is right; see `rungs.place_rungs`."""
+_SETTLING_PART = 5
+"""One of so many parts of the long trajectories is spent on their step."""
 
 _METRIC_PART, _MAX_METRIC = 10, 2000
 """The metric is learned in one of so many parts of the budget, and in at most so many gradients."""
@@ -225,11 +222,11 @@ def _by_hmc(
         if found is not None:
             kernel, estimate, draws = found
         elif (left := int((budget - spent) / long)) >= _MIN_LONG:
-            length = left // (_SETTLING_PART * _TRIALS)
-            kernel, draws = _settled(run, keys["settle"], replace(kernel, num_leapfrog=long), draws, length)
-            steps = left - _TRIALS * length
-            estimate, draws = rounds(run, keys["long"], kernel=kernel, steps=steps, patience=0, start=draws)
-            spent += _TRIALS * length * long + estimate.diagnostics["gradients_per_chain"]
+            kernel, draws, settling = settle(
+                run, keys["settle"], replace(kernel, num_leapfrog=long), draws, left // _SETTLING_PART
+            )
+            estimate, draws = rounds(run, keys["long"], kernel=kernel, steps=left - settling, patience=0, start=draws)
+            spent += settling * long + estimate.diagnostics["gradients_per_chain"]
     estimate.diagnostics["gradients_per_chain"] = spent
     return kernel, estimate, draws, slope
 
@@ -251,7 +248,7 @@ def _learn_metric(run: Callable[..., Draws], target: LocalPosterior, data: Batch
         num_warmup=num_steps - collecting,
         num_draws=collecting,
         chunk_size=max(1, collecting),
-        collect=keep_nothing if is_large else _keep_gradient,
+        collect=keep_nothing if is_large else keep_gradient,
     )
     finite = np.flatnonzero(draws.is_finite)
     step_size = jnp.exp(jnp.mean(jnp.log(draws.state.step_size[finite])))
@@ -267,54 +264,6 @@ def _learn_metric(run: Callable[..., Draws], target: LocalPosterior, data: Batch
         )
     steepest = apply_metric(target, metric, _gradient(target, center, data))
     return replace(kernel, step_size=float(step_size), scale=metric), 0.5 * float(dot(steepest, steepest))
-
-
-def _settled(run: Callable[..., Draws], key: Key[Array, ""], kernel: HMC, draws: Draws, length: int) -> tuple[HMC, Draws]:
-    """Go on from the ends of `draws`, and let the step suit the place that the chains have reached, in trials of some length.
-
-    Where most moves are rejected the metric was learned too near the center: sigma is learned anew, without directions, as
-    those of one chain are not those of another.
-    """
-    is_unsuited, draws = False, _at_ends(draws, kernel)
-    for trial in range(_TRIALS if length else 0):
-        draws = run(
-            jax.random.fold_in(key, trial),
-            kernel,
-            num_draws=length,
-            chunk_size=length,
-            collect=_keep_gradient,
-            previous=draws,
-        )
-        finite = np.flatnonzero(draws.is_finite)
-        rejected = 1 - float(np.mean(np.asarray(draws.info.acceptance)[finite]))
-        is_unsuited |= rejected > _UNSUITED
-        if is_unsuited and trial < _TRIALS - 2:
-            squares = jax.tree.map(lambda g, i=finite: jnp.mean(jnp.asarray(g[i]) ** 2, axis=(0, 1)), draws.collected)
-            kernel = replace(kernel, scale=learned_scale(kernel.target, kernel.target.position(kernel.target.center), squares))
-        # Of what is rejected the square root goes with the step.
-        factor = min(2.0, np.sqrt(_REJECTED / max(rejected, 1e-6)))
-        kernel = replace(kernel, step_size=float(min(1.0, kernel.step_size * factor)))
-        draws = _at_ends(draws, kernel)
-    return kernel, draws
-
-
-def _at_ends(draws: Draws, kernel: HMC) -> Draws:
-    """Keep where the chains are, and no draws: `sample` goes on from there with `kernel`."""
-    return replace(
-        draws,
-        info=jax.tree.map(lambda x: x[:, :0], draws.info),
-        num_gradients=np.zeros_like(draws.num_gradients),
-        state=draws.state._replace(step_size=jnp.full_like(draws.state.step_size, kernel.step_size)),
-        kernel=kernel,
-        num_warmup=0,
-        num_burnin=0,
-        thinning=1,
-    )
-
-
-def _keep_gradient(state: MetropolisState, info: Info) -> Params:
-    del info
-    return state.gradient
 
 
 @jax.jit

@@ -4,15 +4,18 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Key
 
 from slt_interp.estimators.llc import DO_NOT_TRUST, OK, LLCEstimate, keep_energy, llc
-from slt_interp.estimators.rungs import BURNIN_PER_RUNG, Families, place_rungs, top_rung
+from slt_interp.estimators.rungs import BURNIN_PER_RUNG, REJECTED, Families, place_rungs, top_rung
 from slt_interp.posterior import LocalPosterior
 from slt_interp.samplers.draws import Draws, keep_nothing
+from slt_interp.samplers.hamiltonian import MetropolisState, learned_scale
 from slt_interp.samplers.hmc import HMC
-from slt_interp.samplers.kernel import Kernel
+from slt_interp.samplers.kernel import Info, Kernel
+from slt_interp.tree import Params
 
 FIRST_ROUND = 100
 """Draws of the first round."""
@@ -103,7 +106,63 @@ def ladder_in_rounds(
     return (kernel.kernel, estimate, settled), spent
 
 
+def settle(run: Callable[..., Draws], key: Key[Array, ""], kernel: HMC, draws: Draws, num_steps: int) -> tuple[HMC, Draws, int]:
+    """Go on from the ends of `draws`, and let the step suit the place that the chains have reached, in trials of equal length.
+
+    Where most moves are rejected the metric was learned too near the center: sigma is learned anew, without directions, as
+    those of one chain are not those of another.
+
+    Returns:
+        The kernel; where the chains are, without draws, for it to go on from; and the steps made, `num_steps` at most.
+    """
+    length = num_steps // _TRIALS
+    is_unsuited, draws = False, _at_ends(draws, kernel)
+    for trial in range(_TRIALS if length else 0):
+        draws = run(
+            jax.random.fold_in(key, trial),
+            kernel,
+            num_draws=length,
+            chunk_size=length,
+            collect=keep_gradient,
+            previous=draws,
+        )
+        finite = np.flatnonzero(draws.is_finite)
+        rejected = 1 - float(np.mean(np.asarray(draws.info.acceptance)[finite]))
+        is_unsuited |= rejected > _UNSUITED
+        if is_unsuited and trial < _TRIALS - 2:
+            squares = jax.tree.map(lambda g, i=finite: jnp.mean(jnp.asarray(g[i]) ** 2, axis=(0, 1)), draws.collected)
+            kernel = replace(kernel, scale=learned_scale(kernel.target, kernel.target.position(kernel.target.center), squares))
+        # Of what is rejected the square root goes with the step.
+        factor = min(2.0, np.sqrt(REJECTED / max(rejected, 1e-6)))
+        kernel = replace(kernel, step_size=float(min(1.0, kernel.step_size * factor)))
+        draws = _at_ends(draws, kernel)
+    return kernel, draws, _TRIALS * length
+
+
+def keep_gradient(state: MetropolisState, info: Info) -> Params:
+    """Keep the gradient of the potential at every draw, a `collect` of `sample`."""
+    del info
+    return state.gradient
+
+
 _MAX_DRAWS = 2500
+
+_TRIALS, _UNSUITED = 6, 0.5
+"""Trials of a step, and what is rejected where the metric suits another place."""
+
+
+def _at_ends(draws: Draws, kernel: HMC) -> Draws:
+    """Keep where the chains are, and no draws: `sample` goes on from there with `kernel`."""
+    return replace(
+        draws,
+        info=jax.tree.map(lambda x: x[:, :0], draws.info),
+        num_gradients=np.zeros_like(draws.num_gradients),
+        state=draws.state._replace(step_size=jnp.full_like(draws.state.step_size, kernel.step_size)),
+        kernel=kernel,
+        num_warmup=0,
+        num_burnin=0,
+        thinning=1,
+    )
 
 
 def _without_burnin(

@@ -161,7 +161,7 @@ def place_rungs(
         spent += float(np.mean([draws.num_gradients.mean() for draws in trial]))
         # Of what is rejected the square root goes with the step.
         rejected = 1 - joined(trial, lambda draws: draws.info.acceptance).mean(axis=(0, 1))
-        factor = np.clip(np.sqrt(_REJECTED / np.maximum(rejected, 1e-6)), 0.5, 1.5)
+        factor = np.clip(np.sqrt(REJECTED / np.maximum(rejected, 1e-6)), 0.5, 1.5)
         steps = jnp.minimum(1.0, kernel.step_size * jnp.asarray(factor, jnp.float32))
         kernel = replace(kernel, kernel=replace(kernel.kernel, step_size=steps))
         exchange = joined(trial, lambda draws: draws.collected.exchange).mean(axis=(0, 1))
@@ -180,7 +180,7 @@ _SCATTER = 1.4
 _BASE_DRAWS, _FIRST_ESS = 1024, 0.3
 _PILOT_WARMUP = 100
 _NUM_TRIALS = 3
-_REJECTED = 0.11
+REJECTED = 0.11
 """Rejected by `HMC.step` where whole steps reject 0.2: the half that are smaller reject 0.03."""
 
 _ALL = 2**10

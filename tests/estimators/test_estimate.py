@@ -13,7 +13,7 @@ from flax import nnx
 from slt_interp import HMC, SGLD, FullBatch, LocalPosterior, Spectrum, analytic, estimate_llc, estimate_spectrum, sample
 from slt_interp.errors import InputError
 from slt_interp.estimators.calibration import local_window, resolved_localization_effect
-from slt_interp.estimators.estimate import _settled as settle
+from slt_interp.estimators.rounds import settle
 
 X = jax.random.normal(jax.random.key(3), (400, 6))
 DATA = {"x": X, "y": X @ jnp.arange(6.0) + jax.random.normal(jax.random.key(4), (400,))}
@@ -129,7 +129,8 @@ def test_step_and_metric_that_suit_another_place_are_learned_anew_where_the_chai
     run = functools.partial(sample, params=jnp.zeros(6), batches=FullBatch(None), num_chains=4, progress=False)
     first = run(key, kernel, num_draws=5)
     assert np.mean(first.info.acceptance) < 0.5
-    settled, ends = settle(run, key, kernel, first, 40)
+    settled, ends, num_steps = settle(run, key, kernel, first, 245)
+    assert num_steps == 240
     assert ends.loss.shape == (4, 0)
     # Of 160 squared gradients each, with 4 chains' correlations: within a factor of 2.
     np.testing.assert_allclose(settled.scale * jnp.sqrt(curvatures + 1), 1.0, atol=0.5)
