@@ -79,12 +79,14 @@ class Spectrum:
 
     @property
     def rank_threshold(self) -> float:
-        """Eigenvalues above this count for `rank`: rounding error of a d x d float64 (if exact) or float32 matrix.
+        """Eigenvalues above this count for `rank`: what rounding the weights to float32 can make of a zero eigenvalue.
 
-        If exact, also what the matrix shows of a loss that computes in lower precision.
+        That is the convention of numpy's `matrix_rank` at float32, d x largest x 1.2e-7, also where the matrix was computed in
+        float64: weights that are a minimum in float32 are one up to their rounding. If exact, also what the matrix shows of a
+        loss that computes in lower precision.
         """
-        precision = np.finfo(np.float64 if self.is_exact else np.float32).eps
-        rounding = float(np.abs(self.ritz_values).max() * self.weights.sum(axis=1).mean() * precision)
+        largest, size = np.abs(self.ritz_values).max(), self.weights.sum(axis=1).mean()
+        rounding = float(np.finfo(np.float32).eps * size * largest)
         return max(rounding, float(self.residuals.max())) if self.is_exact else rounding
 
     def rank(self, threshold: float | None = None) -> float:

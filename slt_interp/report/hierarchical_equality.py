@@ -9,6 +9,7 @@ from slt_interp.curvature.gaussian import gaussian_llc
 from slt_interp.estimators.llc import OK
 from slt_interp.report import figures
 from slt_interp.report.page import Page, Section
+from slt_interp.report.words import number, show
 from slt_interp.storage import RunDirectory
 
 Results = dict[str, Any]
@@ -108,14 +109,14 @@ def _llc(results: Results, run: RunDirectory) -> Section:
         arrays["squared_distance"],
         estimate["num_burnin"],
         estimate["thinning"],
-        _number(spectrum["gaussian_llc"]),
+        number(spectrum["gaussian_llc"]),
     )
     sentences = (
         f"{diagnostics['num_chains_used']} of {diagnostics['num_chains']} chains agree on an LLC of {estimate['llc']:.2f} ± "
-        f"{estimate['std_error']:.2f} (ESS {_show(estimate['ess'], '.0f')}, R-hat {_show(estimate['rhat'], '.3f')}): {_status(estimate)}."
+        f"{estimate['std_error']:.2f} (ESS {show(estimate['ess'], '.0f')}, R-hat {show(estimate['rhat'], '.3f')}): {_status(estimate)}."
         if estimate["status"] == OK
         else f"{diagnostics['num_chains_used']} of {diagnostics['num_chains']} chains give an LLC of {estimate['llc']:.2f} ± "
-        f"{estimate['std_error']:.2f} (ESS {_show(estimate['ess'], '.0f')}, R-hat {_show(estimate['rhat'], '.3f')}), with the verdict: "
+        f"{estimate['std_error']:.2f} (ESS {show(estimate['ess'], '.0f')}, R-hat {show(estimate['rhat'], '.3f')}), with the verdict: "
         f"{estimate['status']}.",
         *(f"Warning: {warning}." for warning in estimate["warnings"]),
         f"The virial ratio is {diagnostics['virial']:.3f} ± {diagnostics['virial_std_error']:.3f}, {diagnostics['virial_loss']:.3f} of it "
@@ -123,9 +124,9 @@ def _llc(results: Results, run: RunDirectory) -> Section:
         f"Draws lie {diagnostics['rms_distance']:.2g} from the center (root mean square), {diagnostics['rms_distance'] / estimate['norm']:.0%} "
         "of the norm of the weights.",
         f"On the quadratic that the Hessian describes, the step size of {estimate['step_size']:.2g} would add "
-        f"{_show(estimate['gaussian_step_bias'], '.2f')} to the estimate.",
+        f"{show(estimate['gaussian_step_bias'], '.2f')} to the estimate.",
         f"L* = {estimate['init_loss']:.7f} nats, over all examples: the same ones enter both terms of L − L*, so its sampling error, "
-        f"{_show(estimate['init_loss_sampling_error'], '.1g')} nats, is no part of the LLC's.",
+        f"{show(estimate['init_loss_sampling_error'], '.1g')} nats, is no part of the LLC's.",
     )
     return Section("The local learning coefficient by SGLD", sentences, figure)
 
@@ -141,7 +142,7 @@ def _against_hessian(results: Results, run: RunDirectory) -> Section:
     figure = figures.llc_against_hessian(
         nbetas,
         np.array([e["llc"] for e in estimates]),
-        np.array([_number(e["std_error"]) for e in estimates]),
+        np.array([number(e["std_error"]) for e in estimates]),
         [e["status"] == OK for e in estimates],
         (grid, curve),
         (min(ranks), max(ranks)),
@@ -168,7 +169,7 @@ def _against_hessian(results: Results, run: RunDirectory) -> Section:
         *(
             (
                 f"{e['nbeta']:.0f}",
-                f"{e['llc']:.2f} ± {_show(e['std_error'], '.2f')}",
+                f"{e['llc']:.2f} ± {show(e['std_error'], '.2f')}",
                 f"{float(gaussian_llc(values, np.ones_like(values), e['nbeta'], e['localization'])):.2f}",
                 f"{e['diagnostics']['virial']:.3f}",
                 "; ".join([e["status"], *e["warnings"]]),
@@ -233,12 +234,12 @@ def _degradation(results: Results) -> Section:
         ("excess loss (nats)", "dial", "level", "accuracy", "distance", *(f"IIA {site}" for site in sites)),
         *(
             (
-                f"{d['excess_loss']:.3g} ± {_show(d['excess_loss_std_error'], '.1g')}",
+                f"{d['excess_loss']:.3g} ± {show(d['excess_loss_std_error'], '.1g')}",
                 title,
                 f"nβ = {d['level']:.0f}" if name == "posterior" else f"sd {d['level']:.3g}",
                 f"{d['accuracy']:.3f}",
                 f"{d['rms_distance']:.2g}",
-                *(f"{d['sites'][site]['iia']:.3f} ± {_show(d['sites'][site]['iia_std_error'], '.3f')}" for site in sites),
+                *(f"{d['sites'][site]['iia']:.3f} ± {show(d['sites'][site]['iia_std_error'], '.3f')}" for site in sites),
             )
             for level in levels
             for name, title in DIALS.items()
@@ -255,7 +256,7 @@ def _curve(levels: list[Results], dial: str, site: str) -> tuple[np.ndarray, np.
     return (
         np.array([reading["excess_loss"] for reading in readings]),
         np.array([entry["iia"] for entry in found]),
-        np.array([_number(entry["iia_std_error"]) for entry in found]),
+        np.array([number(entry["iia_std_error"]) for entry in found]),
     )
 
 
@@ -272,7 +273,7 @@ def _survival_sentence(results: Results, site: str) -> str:
     gaps = []
     for level in usable:
         ours, rival = (level["dials"][name]["sites"][site] for name in DIALS)
-        error = np.hypot(_number(ours["iia_std_error"]), _number(rival["iia_std_error"]))
+        error = np.hypot(number(ours["iia_std_error"]), number(rival["iia_std_error"]))
         gaps.append((ours["iia"] - rival["iia"], error))
     lower, higher = sum(gap < -3 * error for gap, error in gaps), sum(gap > 3 * error for gap, error in gaps)
     extreme = max(gaps, key=lambda entry: abs(entry[0]))
@@ -288,14 +289,14 @@ def _is_comparable(level: Results) -> bool:
 
 
 def _compare(estimate: Results, spectrum: Results) -> str:
-    predicted = _number(spectrum["gaussian_llc"])
+    predicted = number(spectrum["gaussian_llc"])
     if not np.isfinite(predicted):
         return "and the Hessian predicts none: it has curvatures below −γ / nβ"
     gap = estimate["llc"] - predicted
     side = "above" if gap > 0 else "below"
     return (
         f"{abs(gap) / abs(predicted):.0%} {side} the {predicted:.1f} that the Hessian predicts at the same nβ and γ (a gap of {abs(gap):.1f} ± "
-        f"{estimate['std_error']:.1f}; SGLD's step size is predicted to add {_show(estimate['gaussian_step_bias'], '.1f')} to the LLC)"
+        f"{estimate['std_error']:.1f}; SGLD's step size is predicted to add {show(estimate['gaussian_step_bias'], '.1f')} to the LLC)"
     )
 
 
@@ -315,11 +316,3 @@ def _status(estimate: Results) -> str:
 def _exponential(log_value: float) -> str:
     """Write exp(log_value) in scientific notation, however small."""
     return f"{Decimal(float(log_value)).exp():.2g}".lower()
-
-
-def _number(value: float | None) -> float:
-    return float("nan") if value is None else float(value)
-
-
-def _show(value: float | None, form: str) -> str:
-    return "unknown" if value is None else format(value, form)

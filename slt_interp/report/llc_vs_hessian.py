@@ -8,6 +8,8 @@ import numpy as np
 from slt_interp.estimators.llc import DO_NOT_TRUST, OK
 from slt_interp.report import figures
 from slt_interp.report.page import Page, Section
+from slt_interp.report.population import population_section, population_sentence
+from slt_interp.report.words import listed, number, numbers, show
 from slt_interp.storage import RunDirectory
 
 Results = dict[str, Any]
@@ -56,7 +58,7 @@ def page(run: RunDirectory) -> Page:
             _network_section(results["networks"]),
             _training_section(results["training"]),
             _module_section(results["modules"]),
-            _population_section(results["population"]),
+            population_section(results["population"]),
         ),
         symbols=SYMBOLS,
     )
@@ -71,7 +73,7 @@ def findings(results: Results) -> tuple[str, ...]:
         *_network_sentences(results["networks"]),
         _training_sentence(results["training"]),
         *_module_sentences(results["modules"]),
-        _population_sentence(results["population"]),
+        population_sentence(results["population"]),
     )
 
 
@@ -97,12 +99,12 @@ def _llc_section(exact: Results) -> Section:
             (
                 problem["name"],
                 f"{problem['llc']['nbeta'][-1]:.0e}",
-                _show(problem["llc"]["exact"] and problem["llc"]["exact"][-1]),
+                show(problem["llc"]["exact"] and problem["llc"]["exact"][-1]),
                 f"{problem['llc']['sampled'][-1]:.3f} ± {problem['llc']['std_error'][-1]:.3f}",
-                _show(problem["llc"]["gaussian"][-1]),
+                show(problem["llc"]["gaussian"][-1]),
                 f"{problem['rank'] / 2:g}",
                 f"{problem['dimension'] / 2:g}",
-                f"{_show(problem['rlct'])}, {problem['multiplicity'] or 'unknown'}",
+                f"{show(problem['rlct'])}, {problem['multiplicity'] or 'unknown'}",
             )
             for problem in exact["problems"]
         ),
@@ -120,9 +122,9 @@ def _llc_sentence(exact: Results) -> str:
     within, count = _within([p["llc"] for p in problems])
     right = [name for name, miss in misses.items() if abs(miss) <= CLOSE]
     wrong = {name: miss for name, miss in misses.items() if abs(miss) > CLOSE}
-    words = f"At the largest nβ the Hessian is right within {CLOSE:.0%} on {_listed(right)}"
+    words = f"At the largest nβ the Hessian is right within {CLOSE:.0%} on {listed(right)}"
     if wrong:
-        words += ", and " + _listed(
+        words += ", and " + listed(
             [f"{abs(miss):.0%} too {'small' if miss < 0 else 'large'} on {name}" for name, miss in wrong.items()]
         )
     return (
@@ -176,9 +178,9 @@ def _deep_linear_section(deep: Results) -> Section:
     last = [p["measured"][-1] for p in problems]
     figure = figures.shares(
         [p["name"] for p in problems],
-        (_numbers(last, "llc") / truth, _numbers(last, "std_error") / truth, [m["status"] != DO_NOT_TRUST for m in last]),
+        (numbers(last, "llc") / truth, numbers(last, "std_error") / truth, [m["status"] != DO_NOT_TRUST for m in last]),
         {
-            "Hessian (Gaussian)": _numbers(last, "gaussian") / truth,
+            "Hessian (Gaussian)": numbers(last, "gaussian") / truth,
             "rank / 2": np.array([p["rank"] for p in problems]) / 2 / truth,
             "d / 2": np.array([p["dimension"] for p in problems]) / 2 / truth,
         },
@@ -191,8 +193,8 @@ def _deep_linear_section(deep: Results) -> Section:
                 f"{p['dimension']}",
                 f"{m['localization']:.3g}",
                 f"{p['rlct']:g}, {p['multiplicity']}",
-                f"{m['llc']:.2f} ± {_show(m['std_error'], '.2f')}",
-                _show(m["gaussian"], ".2f"),
+                f"{m['llc']:.2f} ± {show(m['std_error'], '.2f')}",
+                show(m["gaussian"], ".2f"),
                 f"{p['rank'] / 2:g}",
                 f"{p['dimension'] / 2:g}",
                 m["status"],
@@ -218,12 +220,12 @@ def _deep_linear_sentences(deep: Results) -> list[str]:
             what: _span([value(p) / p["rlct"] for p in problems])
             for what, value in (
                 ("sampled LLC", lambda p: p["measured"][-1]["llc"]),
-                ("Gaussian prediction", lambda p: _number(p["measured"][-1]["gaussian"])),
+                ("Gaussian prediction", lambda p: number(p["measured"][-1]["gaussian"])),
                 ("rank / 2", lambda p: p["rank"] / 2),
                 ("d / 2", lambda p: p["dimension"] / 2),
             )
         }
-        parts = _listed([f"{what} {span}" for what, span in spans.items()])
+        parts = listed([f"{what} {span}" for what, span in spans.items()])
         count = f"{len(problems)} {point} point{'s' * (len(problems) > 1)}"
         sentences.append(f"At {count} of deep linear networks, as multiples of the learning coefficient: {parts}.")
     return sentences
@@ -235,12 +237,12 @@ def _network_section(networks: Results) -> Section:
         figures.Comparison(
             network["name"],
             (
-                _numbers(network["measured"], "nbeta"),
-                _numbers(network["measured"], "llc"),
-                _numbers(network["measured"], "std_error"),
+                numbers(network["measured"], "nbeta"),
+                numbers(network["measured"], "llc"),
+                numbers(network["measured"], "std_error"),
                 [m["status"] != DO_NOT_TRUST for m in network["measured"]],
             ),
-            (_numbers(network["measured"], "nbeta"), _numbers(network["measured"], "gaussian")),
+            (numbers(network["measured"], "nbeta"), numbers(network["measured"], "gaussian")),
             None,
             {"rank / 2": network["rank"] / 2, "d / 2": network["dimension"] / 2},
         )
@@ -262,8 +264,8 @@ def _network_section(networks: Results) -> Section:
                 network["name"],
                 f"{m['nbeta']:.0f}",
                 f"{m['localization']:.3g}",
-                f"{m['llc']:.2f} ± {_show(m['std_error'], '.2f')}",
-                _show(m["gaussian"], ".2f"),
+                f"{m['llc']:.2f} ± {show(m['std_error'], '.2f')}",
+                show(m["gaussian"], ".2f"),
                 f"{network['rank'] / 2:g}",
                 f"{network['dimension'] / 2:g}",
                 "; ".join([m["status"], *m["warnings"]]),
@@ -294,7 +296,7 @@ def _network_sentences(networks: Results) -> list[str]:
             if left_out
             else ""
         )
-        sentences.append(f"{head}: sampled LLC against Gaussian {_listed(parts)}{tail}.")
+        sentences.append(f"{head}: sampled LLC against Gaussian {listed(parts)}{tail}.")
     return sentences
 
 
@@ -302,11 +304,11 @@ def _training_section(training: Results) -> Section:
     checkpoints = training["checkpoints"]
     measured = [c["measured"][0] for c in checkpoints]
     figure = figures.along_training(
-        _numbers(checkpoints, "step"),
-        {"training examples": _numbers(checkpoints, "loss"), "fresh examples": _numbers(checkpoints, "test_loss")},
-        (_numbers(measured, "llc"), _numbers(measured, "std_error"), [m["status"] != DO_NOT_TRUST for m in measured]),
-        _numbers(measured, "gaussian"),
-        _numbers(measured, "num_held"),
+        numbers(checkpoints, "step"),
+        {"training examples": numbers(checkpoints, "loss"), "fresh examples": numbers(checkpoints, "test_loss")},
+        (numbers(measured, "llc"), numbers(measured, "std_error"), [m["status"] != DO_NOT_TRUST for m in measured]),
+        numbers(measured, "gaussian"),
+        numbers(measured, "num_held"),
     )
     sentences = (
         _training_sentence(training),
@@ -319,8 +321,8 @@ def _training_section(training: Results) -> Section:
             (
                 f"{c['step']}",
                 f"{c['loss']:.3g}",
-                f"{m['llc']:.2f} ± {_show(m['std_error'], '.2f')}",
-                _show(m["gaussian"], ".2f"),
+                f"{m['llc']:.2f} ± {show(m['std_error'], '.2f')}",
+                show(m["gaussian"], ".2f"),
                 f"{c['trace']:.3g}",
                 f"{c['largest']:.3g}, {c['smallest']:.2g}",
                 m["status"],
@@ -384,12 +386,12 @@ def _module_section(modules: Results) -> Section:
                 f"{case['product']:g}",
                 f"{case['coupling']:g}",
                 ", ".join(f"{value:.3g}" for value in sorted(case["eigenvalues"])[:-3:-1]),
-                _show(case["llc"]["exact"] and case["llc"]["exact"][-1]),
+                show(case["llc"]["exact"] and case["llc"]["exact"][-1]),
                 f"{case['llc']['sampled'][-1]:.3f} ± {case['llc']['std_error'][-1]:.3f}",
-                _show(case["llc"]["gaussian"][-1]),
-                _show(case["volume"]["exact"] and case["volume"]["exact"][0], ".2f"),
-                f"{_show(case['volume']['sampled'][0], '.2f')} ± {_show(case['volume']['std_error'][0], '.2f')}",
-                _show(case["volume"]["gaussian"][0], ".2f"),
+                show(case["llc"]["gaussian"][-1]),
+                show(case["volume"]["exact"] and case["volume"]["exact"][0], ".2f"),
+                f"{show(case['volume']['sampled'][0], '.2f')} ± {show(case['volume']['std_error'][0], '.2f')}",
+                show(case["volume"]["gaussian"][0], ".2f"),
             )
             for case in modules["cases"]
         ),
@@ -408,83 +410,15 @@ def _module_sentences(modules: Results) -> list[str]:
         first, last = cases[0], cases[-1]
         llcs = [f"{case['llc']['sampled'][-1]:.2f} ± {case['llc']['std_error'][-1]:.2f}" for case in (first, last)]
         growth, predicted = (
-            _number(last["volume"][what][0]) - _number(first["volume"][what][0]) for what in ("sampled", "gaussian")
+            number(last["volume"][what][0]) - number(first["volume"][what][0]) for what in ("sampled", "gaussian")
         )
-        gaussian = [f"{_number(case['llc']['gaussian'][-1]):.2f}" for case in (first, last)]
+        gaussian = [f"{number(case['llc']['gaussian'][-1]):.2f}" for case in (first, last)]
         sentences.append(
             f"Two modules at a {'singular' if product == 0 else 'smooth'} minimum: as the correlation of their inputs goes from {first['coupling']:g} to {last['coupling']:g} the "
             f"sampled LLC goes from {llcs[0]} to {llcs[1]} and ln V changes by {growth:+.2f}; by the Hessian the LLC goes from {gaussian[0]} to {gaussian[1]} and ln V "
             f"changes by {predicted:+.2f}."
         )
     return sentences
-
-
-def _population_section(population: Results) -> Section:
-    networks = population["networks"]
-    widths = sorted({network["width"] for network in networks})
-    groups = {f"width {width}": np.array([i for i, n in enumerate(networks) if n["width"] == width]) for width in widths}
-    correlations = _correlations(population)
-    figure = figures.scatters(
-        groups,
-        {name: _numbers(networks, field) for name, field in _measures(networks).items()},
-        _numbers(networks, "gap"),
-        {name: f"{r:+.2f} [{low:+.2f}, {high:+.2f}]" for name, (r, low, high) in correlations.items()},
-        ylabel="generalization gap (nats)",
-    )
-    distrusted = sum(network["status"] == DO_NOT_TRUST for network in networks)
-    table = (
-        ("measure", "rank correlation with the gap", "95% interval"),
-        *((name, f"{r:+.2f}", f"{low:+.2f} to {high:+.2f}") for name, (r, low, high) in correlations.items()),
-    )
-    sentences = (
-        _population_sentence(population),
-        f"Each point is a network trained on {population['num_examples']} digits and polished; its gap is the loss on the other digits less that on its own. All measures are "
-        f"at nβ = {population['nbeta']:.0f} and γ = {population['localization']:g}; above each panel stand Spearman's rank correlation and its 95% interval.",
-        f"Of the sampled LLCs {distrusted} of {len(networks)} carry the verdict not to be trusted; they are among the points.",
-        "Information lost up to a layer is the coding rate of the inputs less that of the layer, at an error of a tenth of the activations' deviation.",
-    )
-    return Section("What goes with generalization in a population of networks", sentences, figure, table)
-
-
-def _population_sentence(population: Results) -> str:
-    correlations = _correlations(population)
-    clear = [name for name, (_, low, high) in correlations.items() if low > 0 or high < 0]
-    best = max(correlations, key=lambda name: abs(correlations[name][0]))
-    r, low, high = correlations["LLC (sampled)"]
-    return (
-        f"Over {len(population['networks'])} small networks of {len({n['width'] for n in population['networks']})} widths, the generalization gap has rank correlation {r:+.2f} "
-        f"[{low:+.2f}, {high:+.2f}] with the sampled LLC, and the strongest, {correlations[best][0]:+.2f}, with: {best}. The 95% interval excludes 0 for "
-        f"{len(clear)} of {len(correlations)} measures."
-    )
-
-
-def _measures(networks: Sequence[Results]) -> dict[str, str]:
-    lost = [name for name in networks[0] if name.startswith("information lost")]
-    return {
-        "LLC (sampled)": "llc",
-        "LLC by the Hessian (Gaussian)": "gaussian",
-        "trace of the Hessian": "trace",
-        "largest eigenvalue": "largest",
-        "ln V by the Hessian (nats)": "log_volume",
-        **{f"{name} (bits)": name for name in lost},
-    }
-
-
-def _correlations(population: Results) -> dict[str, tuple[float, float, float]]:
-    """Spearman's rank correlation of each measure with the gap, and its 95% interval.
-
-    By Fisher's transform, with the variance 1.06 / (n - 3) of Fieller, Hartley and Pearson (1957).
-    """
-    from scipy.stats import spearmanr
-
-    networks = population["networks"]
-    gap, half = _numbers(networks, "gap"), 1.96 * np.sqrt(1.06 / (len(networks) - 3))
-    found = {}
-    for name, field in _measures(networks).items():
-        r = float(np.asarray(spearmanr(_numbers(networks, field), gap, nan_policy="omit"))[0])
-        low, high = np.tanh(np.arctanh(np.clip(r, -0.999999, 0.999999)) + np.array([-half, half]))
-        found[name] = r, float(low), float(high)
-    return found
 
 
 def _by_product(modules: Results) -> dict[float, list[Results]]:
@@ -510,19 +444,15 @@ def _pair(reading: Results, x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
 
 def _array(reading: Results, name: str) -> np.ndarray:
     """Read a list as numbers, what is missing as NaN."""
-    return np.array([_number(x) for x in reading[name]])
+    return np.array([number(x) for x in reading[name]])
 
 
 def _known(reading: Results, name: str) -> list[bool]:
     return [x is not None for x in reading[name]]
 
 
-def _numbers(entries: Sequence[Results], name: str) -> np.ndarray:
-    return np.array([_number(entry[name]) for entry in entries])
-
-
 def _ends(cases: Sequence[Results], name: str, what: str, end: int) -> np.ndarray:
-    return np.array([_number(case[name][what] and case[name][what][end]) for case in cases])
+    return np.array([number(case[name][what] and case[name][what][end]) for case in cases])
 
 
 def _is_trusted(problem: Results) -> bool:
@@ -532,17 +462,3 @@ def _is_trusted(problem: Results) -> bool:
 def _span(values: Sequence[float]) -> str:
     low, high = min(values), max(values)
     return f"{low:.2f}" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f} to {high:.2f}"
-
-
-def _listed(words: Sequence[str]) -> str:
-    if not words:
-        return "none of them"
-    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
-
-
-def _number(value: float | None) -> float:
-    return float("nan") if value is None else float(value)
-
-
-def _show(value: float | None, form: str = ".3f") -> str:
-    return "unknown" if value is None or not np.isfinite(value) else format(value, form)

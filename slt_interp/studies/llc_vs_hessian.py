@@ -7,34 +7,30 @@ sampled LLC, what the Hessian predicts for the same nbeta and localization, rank
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Key
+from jaxtyping import Array
 from tqdm.auto import tqdm
 
 from slt_interp.analytic.catalogue import catalogue
 from slt_interp.analytic.modules import coupled_modules
 from slt_interp.analytic.problem import AnalyticProblem
 from slt_interp.bases import Gaussian
-from slt_interp.curvature.spectrum import Spectrum, estimate_spectrum
-from slt_interp.data import Batch, Minibatches
+from slt_interp.curvature.spectrum import estimate_spectrum
+from slt_interp.data import Batch
 from slt_interp.errors import InputError
 from slt_interp.estimators.calibration import customary_nbeta
 from slt_interp.estimators.estimate import estimate_llc
 from slt_interp.estimators.llc import mean_loss
 from slt_interp.estimators.tempering import temper
-from slt_interp.models.mlp import MLP
 from slt_interp.posterior import LossFn
 from slt_interp.storage import Arrays, RunDirectory
-from slt_interp.studies.networks import HalfSquares, SmoothedCrossEntropy, describe, pack, unpack
+from slt_interp.studies.networks import NETWORKS, describe, make_network, pack, unpack
 from slt_interp.studies.population import LOCALIZATION, NUM_EXAMPLES, THRESHOLD, measure_population
 from slt_interp.studies.study import Study, check_ranges
-from slt_interp.tasks import digits
-from slt_interp.tasks import hierarchical_equality as equality
 from slt_interp.training import polish, train
 from slt_interp.tree import Params, dimension
 
@@ -68,7 +64,7 @@ class Config:
     """Their nbeta, at localization 1; at smooth points at one that keeps chains there (`local_window`)."""
     deep_linear_gradients: int = 40_000
     """Gradients per chain at most, for each of them."""
-    networks: tuple[str, ...] = ("digits", "hierarchical equality", "tanh regression", "ReLU regression")
+    networks: tuple[str, ...] = NETWORKS
     """Networks that are trained."""
     train_steps: int = 4000
     """Steps of Adam for each of them."""
@@ -82,8 +78,12 @@ class Config:
     """Checkpoints of the training of the first network."""
     couplings: tuple[float, ...] = (0.0, 0.9, 0.99, 1.0)
     """Correlations of the inputs of two modules."""
+    products: tuple[float, ...] = (0.0, 1.0)
+    """Their teachers: 0 for a singular minimum, positive for a smooth one."""
     population: int = 42
     """Small networks, over widths, weight decays and seeds, that are compared with each other."""
+    population_widths: tuple[int, ...] = (4, 8, 16)
+    """Widths of their hidden layers."""
     population_gradients: int = 5000
     """Gradients per chain at most, for the LLC of each of them."""
 
@@ -103,7 +103,9 @@ SMOKE = replace(
     network_gradients=400,
     num_checkpoints=3,
     couplings=(1.0,),
-    population=6,
+    products=(0.0,),
+    population=4,
+    population_widths=(4,),
     population_gradients=100,
 )
 
@@ -121,53 +123,42 @@ FULL = replace(
 
 THRESHOLDS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 
-PRODUCTS = (0.0, 1.0)
-"""Teachers of the modules: a singular minimum, and a smooth one."""
-
 _LOCALIZATION = 1.0
 
 _NUM_CHAINS = 8
 
 
-class _Network(NamedTuple):
-    """What is trained on what."""
-
-    network: MLP
-    loss_fn: LossFn
-    batches: Callable[[Key[Array, ""]], Batch]
-    data: dict[str, Array]
-    test: dict[str, Array]
-
-
 def check(config: Config) -> None:
     """Raise InputError for the first setting that cannot be used."""
     ranges: dict[str, tuple[float, float]] = {name: (1, np.inf) for name, value in vars(config).items() if type(value) is int}
-    ranges |= {"seed": (0, 2**32 - 1), "ladder_draws": (4, np.inf), "num_checkpoints": (3, np.inf), "population": (6, np.inf)}
+    ranges |= {"seed": (0, 2**32 - 1), "ladder_draws": (4, np.inf), "num_checkpoints": (3, np.inf)}
+    # Fewer have no interval for their correlations.
+    ranges |= {"population": (max(4, len(config.population_widths)), np.inf)}
     ranges |= {"max_nbeta": (10, 1e7), "deep_linear_nbeta": (1e-3, 1e7)}
     check_ranges(config, ranges)
-    known = {"problems": tuple(catalogue()), "deep_linear": tuple(catalogue()), "networks": Config().networks}
+    known = {"problems": tuple(catalogue()), "deep_linear": tuple(catalogue()), "networks": NETWORKS}
     for name, allowed in known.items():
         strange = [value for value in getattr(config, name) if value not in allowed]
         if strange or not getattr(config, name):
             raise InputError(f"{name} has no {strange[0] if strange else 'entry'!r}: choose from {', '.join(allowed)}")
-    for name, high in (("nbeta_factors", np.inf), ("couplings", 1.0)):
+    for name, low, high in _RISING:
         values = getattr(config, name)
-        if not values or not all(0 <= value <= high for value in values) or list(values) != sorted(set(values)):
+        if not values or not all(low <= value <= high for value in values) or list(values) != sorted(set(values)):
             raise InputError(
-                f"{name} must be rising numbers from 0 to {high:g}, but is {values}: change --{name.replace('_', '-')}"
+                f"{name} must be rising numbers from {low:g} to {high:g}, but is {values}: change --{name.replace('_', '-')}"
             )
 
 
 def compute(config: Config, run: RunDirectory, progress: bool) -> dict[str, Any]:
     """Run all stages and return the results."""
-    split = jax.random.split(jax.random.key(config.seed), len(_STAGES))
+    keys = dict(zip(_STAGES, jax.random.split(jax.random.key(config.seed), len(_STAGES)), strict=True))
     results: dict[str, Any] = {}
     arrays: Arrays = {}
-    for (name, function), key in zip(_STAGES.items(), split, strict=True):
+    for name, function in _STAGES.items():
         if progress:
             tqdm.write(f"{len(results) + 1}/{len(_STAGES)} {name}", file=sys.stderr)
-        inputs = (results["networks"]["networks"][0], arrays) if name == "training" else ()
-        found, kept = run.stage(name, lambda f=function, k=key, i=inputs: f(k, config, progress, *i))
+        inputs = (keys["networks"], results["networks"]["networks"][0], arrays) if name == "training" else ()
+        found, kept = run.stage(name, lambda f=function, k=keys[name], i=inputs: f(k, config, progress, *i))
         results[name] = found
         arrays |= kept
     return results
@@ -204,7 +195,7 @@ def _exact(key: Array, config: Config, progress: bool) -> tuple[dict[str, Any], 
 
 def _modules(key: Array, config: Config, progress: bool) -> tuple[dict[str, Any], Arrays]:
     cases = []
-    for i, product in enumerate(PRODUCTS):
+    for i, product in enumerate(config.products):
         for j, coupling in enumerate(config.couplings):
             problem = coupled_modules(coupling, product=product)
             found = _ladder(jax.random.fold_in(jax.random.fold_in(key, i), j), config, problem, progress)
@@ -235,7 +226,7 @@ def _ladder(key: Array, config: Config, problem: AnalyticProblem, progress: bool
     return {
         **_known(problem),
         "eigenvalues": spectrum.ritz_values[0],
-        "rank": spectrum.rank(_threshold(spectrum)),
+        "rank": spectrum.rank(),
         "status": ladder.status,
         "warnings": ladder.warnings,
         "llc": {
@@ -277,8 +268,8 @@ def _deep_linear(key: Array, config: Config, progress: bool) -> tuple[dict[str, 
 def _networks(key: Array, config: Config, progress: bool) -> tuple[dict[str, Any], Arrays]:
     found, arrays = [], {}
     for i, name in enumerate(config.networks):
-        data_key, init_key, train_key, llc_key = jax.random.split(jax.random.fold_in(key, i), 4)
-        network = _network(name, data_key)
+        data_key, init_key, train_key, llc_key = _network_keys(key, i)
+        network = make_network(name, data_key)
         schedule = optax.cosine_decay_schedule(_LEARNING_RATE, config.train_steps)
         training = train(
             train_key,
@@ -313,13 +304,16 @@ def _networks(key: Array, config: Config, progress: bool) -> tuple[dict[str, Any
     return {"networks": found}, arrays
 
 
+def _network_keys(key: Array, i: int) -> Array:
+    return jax.random.split(jax.random.fold_in(key, i), 4)
+
+
 def _training(
-    key: Array, config: Config, progress: bool, measured: dict[str, Any], arrays: Arrays
+    key: Array, config: Config, progress: bool, networks_key: Array, measured: dict[str, Any], arrays: Arrays
 ) -> tuple[dict[str, Any], Arrays]:
     """LLC and Hessian along the training of the first network, at the nbeta and localization of its end."""
     # Its data are those of the stage before: equal keys.
-    networks_key = jax.random.split(jax.random.key(config.seed), len(_STAGES))[list(_STAGES).index("networks")]
-    network = _network(measured["name"], jax.random.split(jax.random.fold_in(networks_key, 0), 4)[0])
+    network = make_network(measured["name"], _network_keys(networks_key, 0)[0])
     checkpoints = unpack(network.network, arrays)
     end = measured["measured"][0]
     found = []
@@ -347,10 +341,10 @@ def _population(key: Array, config: Config, progress: bool) -> tuple[dict[str, A
     networks = measure_population(
         key,
         config.population,
+        config.population_widths,
         config.train_steps // 2,
         config.polish_steps,
         config.population_gradients,
-        _SMOOTHING,
         progress=progress,
     )
     return {
@@ -393,8 +387,8 @@ def _measure(
         held = spectrum.rank(localization / nbeta)
         measured.append({**describe(estimate), "gaussian": predicted, "gaussian_std_error": error, "num_held": held})
     return {
-        "rank": spectrum.rank(_threshold(spectrum)),
-        "rank_threshold": _threshold(spectrum),
+        "rank": spectrum.rank(),
+        "rank_threshold": spectrum.rank_threshold,
         "trace": spectrum.trace[0],
         "largest": float(spectrum.ritz_values.max()),
         "smallest": float(spectrum.ritz_values.min()),
@@ -402,11 +396,6 @@ def _measure(
         "hessian_warnings": spectrum.warnings,
         "measured": measured,
     }
-
-
-def _threshold(spectrum: Spectrum) -> float:
-    """Find what rounding of the weights to float32 can make of a zero eigenvalue, as numpy's matrix_rank does."""
-    return float(np.finfo(np.float32).eps * spectrum.weights.sum(axis=1).mean() * np.abs(spectrum.ritz_values).max())
 
 
 def _known(problem: AnalyticProblem) -> dict[str, Any]:
@@ -418,32 +407,15 @@ def _known(problem: AnalyticProblem) -> dict[str, Any]:
     }
 
 
-def _network(name: str, key: Array) -> _Network:
-    """Make the network, the data that define its loss, and fresh ones."""
-    if name == "digits":
-        network = MLP((digits.NUM_INPUTS, 16, digits.NUM_CLASSES))
-        data, test = digits.digits()
-        return _Network(network, SmoothedCrossEntropy(network, _SMOOTHING), Minibatches(data, _BATCH_SIZE), data, test)
-    if name == "hierarchical equality":
-        network = MLP((equality.NUM_INPUTS, 16, 16, 16, 2))
-        data, test = (equality.FreshExamples(size)(jax.random.fold_in(key, size)) for size in (1024, 8192))
-        batches = equality.FreshExamples(8 * _BATCH_SIZE)
-        return _Network(network, SmoothedCrossEntropy(network, _SMOOTHING), batches, data, test)
-    activation = jnp.tanh if name == "tanh regression" else jax.nn.relu
-    teacher, network = MLP((4, 2, 1), activation), MLP((4, 8, 1), activation)
-    teacher_key, train_key, test_key = jax.random.split(key, 3)
-    # Wide enough that units bend.
-    weights = jax.tree.map(lambda w: 2 * w, teacher.init(teacher_key))
+_LEARNING_RATE = 3e-3
 
-    def examples(key: Array, count: int) -> dict[str, Array]:
-        x = jax.random.normal(key, (count, 4))
-        return {"inputs": x, "outputs": teacher.apply(weights, x)[:, 0]}
-
-    data = examples(train_key, 1024)
-    return _Network(network, HalfSquares(network), Minibatches(data, _BATCH_SIZE), data, examples(test_key, 8192))
-
-
-_SMOOTHING, _LEARNING_RATE, _BATCH_SIZE = 0.1, 3e-3, 128
+_RISING = (
+    ("nbeta_factors", 1e-3, 1e6),
+    ("couplings", 0.0, 1.0),
+    ("products", 0.0, 100.0),
+    ("population_widths", 1, 1000),
+)
+"""Settings that must rise, and between what."""
 
 _STAGES: dict[str, Callable[..., tuple[dict[str, Any], Arrays]]] = {
     "exact": _exact,

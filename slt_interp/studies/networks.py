@@ -1,16 +1,21 @@
-"""What studies of trained networks share: their loss, and how weights and estimates go into a run directory."""
+"""What studies of trained networks share: networks, losses, and how weights and estimates go into a run directory."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
+from slt_interp.data import Batch, Minibatches
 from slt_interp.estimators.llc import LLCEstimate
 from slt_interp.models.mlp import MLP
+from slt_interp.posterior import LossFn
 from slt_interp.storage import Arrays
+from slt_interp.tasks import digits
+from slt_interp.tasks import hierarchical_equality as equality
 from slt_interp.tree import Params
 
 
@@ -50,6 +55,47 @@ class HalfSquares:
         return 0.5 * jnp.mean((self.network.apply(params, batch["inputs"])[:, 0] - batch["outputs"]) ** 2)
 
 
+NETWORKS = ("digits", "hierarchical equality", "tanh regression", "ReLU regression")
+
+SMOOTHING = 0.1
+"""Of the labels of networks that classify."""
+
+
+class Network(NamedTuple):
+    """What is trained on what."""
+
+    network: MLP
+    loss_fn: LossFn
+    batches: Callable[[Key[Array, ""]], Batch]
+    data: dict[str, Array]
+    test: dict[str, Array]
+
+
+def make_network(name: str, key: Array) -> Network:
+    """Make one of `NETWORKS`, the data that define its loss, and fresh ones."""
+    if name == "digits":
+        network = MLP((digits.NUM_INPUTS, 16, digits.NUM_CLASSES))
+        data, test = digits.digits()
+        return Network(network, SmoothedCrossEntropy(network, SMOOTHING), Minibatches(data, _BATCH_SIZE), data, test)
+    if name == "hierarchical equality":
+        network = MLP((equality.NUM_INPUTS, 16, 16, 16, 2))
+        data, test = (equality.FreshExamples(size)(jax.random.fold_in(key, size)) for size in (1024, 8192))
+        batches = equality.FreshExamples(8 * _BATCH_SIZE)
+        return Network(network, SmoothedCrossEntropy(network, SMOOTHING), batches, data, test)
+    activation = jnp.tanh if name == "tanh regression" else jax.nn.relu
+    teacher, network = MLP((4, 2, 1), activation), MLP((4, 8, 1), activation)
+    teacher_key, train_key, test_key = jax.random.split(key, 3)
+    # Wide enough that units bend.
+    weights = jax.tree.map(lambda w: 2 * w, teacher.init(teacher_key))
+
+    def examples(key: Array, count: int) -> dict[str, Array]:
+        x = jax.random.normal(key, (count, 4))
+        return {"inputs": x, "outputs": teacher.apply(weights, x)[:, 0]}
+
+    data = examples(train_key, 1024)
+    return Network(network, HalfSquares(network), Minibatches(data, _BATCH_SIZE), data, examples(test_key, 8192))
+
+
 def pack(params: Params) -> Arrays:
     """Name the leaves of a pytree of weights for an .npz file."""
     return {
@@ -78,3 +124,6 @@ def describe(estimate: LLCEstimate) -> dict[str, Any]:
         "warnings",
     )
     return {**{name: getattr(estimate, name) for name in fields}, "diagnostics": dict(estimate.diagnostics)}
+
+
+_BATCH_SIZE = 128

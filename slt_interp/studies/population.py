@@ -1,5 +1,6 @@
 """A population of small trained networks: what goes with their generalization gap."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,12 +18,10 @@ from slt_interp.estimators.llc import mean_loss
 from slt_interp.models.mlp import MLP
 from slt_interp.posterior import LossFn
 from slt_interp.probes.coding_rate import coding_rate
-from slt_interp.studies.networks import SmoothedCrossEntropy
+from slt_interp.studies.networks import SMOOTHING, SmoothedCrossEntropy
 from slt_interp.tasks import digits
 from slt_interp.training import polish
 from slt_interp.tree import Params
-
-WIDTHS = (4, 8, 16)
 
 NUM_EXAMPLES = 256
 """Few, so that there is a gap."""
@@ -33,10 +32,10 @@ LOCALIZATION, THRESHOLD = 100.0, 0.1
 def measure_population(
     key: Key[Array, ""],
     num_networks: int,
+    widths: Sequence[int],
     train_steps: int,
     polish_steps: int,
     max_gradients: int,
-    smoothing: float,
     *,
     progress: bool,
 ) -> list[dict[str, Any]]:
@@ -48,12 +47,12 @@ def measure_population(
     )
     nbeta = customary_nbeta(NUM_EXAMPLES)
     found = []
-    counts = [len(part) for part in np.array_split(np.arange(num_networks), len(WIDTHS))]
+    counts = [len(part) for part in np.array_split(np.arange(num_networks), len(widths))]
     with tqdm(total=num_networks, desc="population", unit="network", disable=not progress, leave=False) as bar:
-        for i, (width, count) in enumerate(zip(WIDTHS, counts, strict=True)):
+        for i, (width, count) in enumerate(zip(widths, counts, strict=True)):
             network = MLP((digits.NUM_INPUTS, width, digits.NUM_CLASSES))
-            loss_fn = SmoothedCrossEntropy(network, smoothing)
-            decays = np.geomspace(1e-4, 1e-1, count)
+            loss_fn = SmoothedCrossEntropy(network, SMOOTHING)
+            decays = np.geomspace(*_WEIGHT_DECAYS, count)
             init_key, measure_key = jax.random.split(jax.random.fold_in(key, i))
             trained = _train(loss_fn, jax.vmap(network.init)(jax.random.split(init_key, count)), data, decays, train_steps)
             for j, decay in enumerate(decays):
@@ -129,3 +128,6 @@ def _information_lost(network: MLP, params: Params, inputs: Float[Array, "exampl
 
 
 _LEARNING_RATE = 1e-2
+
+_WEIGHT_DECAYS = (1e-4, 1e-1)
+"""The smallest and the largest, of each width."""

@@ -5,7 +5,7 @@ import pytest
 from matfree.decomp import tridiag_sym
 from scipy.stats import ortho_group
 
-from slt_interp import Gaussian, estimate_spectrum, top_eigenpairs
+from slt_interp import Gaussian, analytic, estimate_spectrum, top_eigenpairs
 from slt_interp.curvature.lanczos import krylov
 from slt_interp.curvature.operators import gauss_newton_product, hvp
 from slt_interp.errors import InputError
@@ -109,6 +109,13 @@ def test_loss_that_insists_on_float32_has_its_rounding_in_the_rank_threshold(key
     batch = jax.random.normal(key, (5, 40))
     spectrum = estimate_spectrum(key, loss_fn, 0.1 * jnp.ones(40), batch)
     assert spectrum.rank() <= 5  # five examples, and each has a Hessian of rank 1
+
+
+def test_rounding_of_a_deep_linear_center_to_float32_does_not_count_as_rank(key):
+    # The Hessian at a minimum sees what changes the product to first order: 3 (10 + 10 - 3) directions of 200.
+    problem = analytic.deep_linear(key, (10, 10, 10), rank=3)
+    spectrum = estimate_spectrum(key, problem.loss_fn, problem.center, problem.data)
+    assert spectrum.rank() == 51
 
 
 def test_gaussian_llc_is_what_the_regularized_trace_formula_gives(key):
