@@ -100,9 +100,9 @@ def polish(loss_fn: LossFn, params: Params, data: Batch, *, num_steps: int) -> P
     An LLC is defined at a minimum; weights after minibatch training are none. The weights returned are the last ones,
     which have the lowest loss: the line search never accepts an increase.
     """
-    before, gradient = jax.jit(jax.value_and_grad(loss_fn))(params, data)
+    before, gradient = _value_and_grad(loss_fn, params, data)
     polished = _minimize(loss_fn, params, data, num_steps)
-    after, gradient_after = jax.jit(jax.value_and_grad(loss_fn))(polished, data)
+    after, gradient_after = _value_and_grad(loss_fn, polished, data)
     moved = norm(jax.tree.map(jnp.subtract, polished, params))
     return Polish(polished, float(before), float(after), float(norm(gradient)), float(norm(gradient_after)), float(moved))
 
@@ -132,6 +132,11 @@ def _segment(
         return optax.apply_updates(params, updates), state, losses.at[i].set(loss)
 
     return jax.lax.fori_loop(0, count, step, (params, state, jnp.zeros(_SEGMENT)))
+
+
+@functools.partial(jax.jit, static_argnames="loss_fn")
+def _value_and_grad(loss_fn: LossFn, params: Params, data: Batch) -> tuple[Float[Array, ""], Params]:
+    return jax.value_and_grad(loss_fn)(params, data)
 
 
 @functools.partial(jax.jit, static_argnames=("loss_fn", "num_steps"))

@@ -1,5 +1,7 @@
 """What is wrong with a Hessian: products that are not symmetric or finite, a saddle point, a kink."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,16 +50,8 @@ def kink_warnings(key: Key[Array, ""], loss_fn: LossFn, params: Params, data: Ba
     """Tell a point where the gradient jumps, as ReLUs make it at 0: its difference between sides does not fall."""
     flat, unravel = ravel_pytree(params)
     direction = jax.random.normal(key, flat.shape, flat.dtype) * (jnp.linalg.norm(flat) / flat.size**0.5 + 1e-2)
-
-    @jax.jit
-    def gradients(points: Array, data: Batch) -> Array:
-        def one(point: Array) -> Array:
-            return ravel_pytree(mean_over_blocks(lambda part: jax.grad(loss_fn)(unravel(point), part), data, block_size))[0]
-
-        return jax.lax.map(one, points)
-
     steps = jnp.asarray([_WIDE, -_WIDE, _WIDE / 10, -_WIDE / 10], flat.dtype)
-    sides = np.asarray(gradients(flat + steps[:, None] * direction, data), np.float64)
+    sides = np.asarray(_gradients(loss_fn, jax.vmap(unravel)(flat + steps[:, None] * direction), data, block_size), np.float64)
     size = max(np.linalg.norm(side) for side in sides)
     wide, narrow = (np.linalg.norm(sides[i] - sides[i + 1]) for i in (0, 2))
     if narrow > 0.5 * wide and narrow > _JUMP * size:
@@ -66,6 +60,14 @@ def kink_warnings(key: Key[Array, ""], loss_fn: LossFn, params: Params, data: Ba
             "for it is one of several one-sided ones; move params off the kink, or trust draws only",
         )
     return ()
+
+
+@partial(jax.jit, static_argnames=("loss_fn", "block_size"))
+def _gradients(loss_fn: LossFn, points: Params, data: Batch, block_size: int | None) -> Float[Array, "point i"]:
+    def one(point: Params) -> Array:
+        return ravel_pytree(mean_over_blocks(lambda part: jax.grad(loss_fn)(point, part), data, block_size))[0]
+
+    return jax.lax.map(one, points)
 
 
 _ASYMMETRY, _NOT_JUDGED = 0.05, 1e-4

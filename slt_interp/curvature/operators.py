@@ -5,6 +5,7 @@ nothing else to run on all devices. Blocks of examples are gathered on each.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -74,16 +75,10 @@ def gauss_newton_product(
     return mean_over_blocks(product, batch, block_size)
 
 
-def flat_hvp(loss_fn: LossFn, params: Params, block_size: int | None = None) -> tuple:
-    """Make the Hessian-vector product on flat vectors.
-
-    Returns:
-        A function `(vector, params, batch) -> vector` without captured arrays, and the flat parameters.
-    """
-    flat, unravel = ravel_pytree(params)
-
-    def matvec(vector: Float[Array, " i"], flat: Float[Array, " i"], batch: Batch) -> Float[Array, " i"]:
-        product = hvp(loss_fn, unravel(flat), batch, unravel(vector), block_size=block_size)
-        return ravel_pytree(product)[0]
-
-    return matvec, flat
+@partial(jax.jit, static_argnames=("loss_fn", "block_size"))
+def flat_hvp(
+    loss_fn: LossFn, params: Params, batch: Batch, vector: Float[Array, " i"], block_size: int | None = None
+) -> Float[Array, " i"]:
+    """Multiply the Hessian by a vector in the order of `ravel_pytree`: one program for all weights of the same shapes."""
+    _, unravel = ravel_pytree(params)
+    return ravel_pytree(hvp(loss_fn, params, batch, unravel(vector), block_size=block_size))[0]

@@ -7,6 +7,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Key
 
 from slt_interp.bases import Gaussian
@@ -262,10 +263,11 @@ def dense_hessian(
     # float64 here only: in float32 the small eigenvalues drown in rounding noise of the large ones.
     try:
         with jax.enable_x64(True):
-            matrix = _matrix(loss_fn, jax.tree.map(_to_double, params), jax.tree.map(_to_double, data), block_size)
+            doubled, data_doubled = (jax.tree.map(_to_double, tree) for tree in (params, data))
+            matrix = np.asarray(_matrix(loss_fn, doubled, data_doubled, block_size))
     except TypeError:
         # The loss insists on its own precision, as a scan with a float32 carry does.
-        matrix = _matrix(loss_fn, params, data, block_size)
+        matrix = np.asarray(_matrix(loss_fn, params, data, block_size), np.float64)
     # Rounding makes the matrix unsymmetric, and by as much eigenvalues may be off: a loss that casts to float32 shows here.
     # Where it is infinite the caller says so.
     with np.errstate(invalid="ignore"):
@@ -280,14 +282,11 @@ def _dense(loss_fn: LossFn, params: Params, data: Batch, block_size: int | None)
     return values[None], np.ones((1, len(values))), np.full((1, len(values)), rounding)
 
 
-def _matrix(loss_fn: LossFn, params: Params, data: Batch, block_size: int | None) -> np.ndarray:
-    matvec, flat = flat_hvp(loss_fn, params, block_size)
-
-    @jax.jit
-    def columns(flat: Array, data: Batch) -> Array:
-        return jax.lax.map(lambda v: matvec(v, flat, data), jnp.eye(flat.size, dtype=flat.dtype), batch_size=8)
-
-    return np.asarray(columns(flat, data), np.float64)
+@partial(jax.jit, static_argnames=("loss_fn", "block_size"))
+def _matrix(loss_fn: LossFn, params: Params, data: Batch, block_size: int | None) -> Float[Array, "i i"]:
+    flat, _ = ravel_pytree(params)
+    vectors = jnp.eye(flat.size, dtype=flat.dtype)
+    return jax.lax.map(lambda v: flat_hvp(loss_fn, params, data, v, block_size), vectors, batch_size=8)
 
 
 def _stochastic(
@@ -318,9 +317,8 @@ def _stochastic(
 
 
 def _host_product(loss_fn: LossFn, params: Params, data: Batch, block_size: int | None) -> Product:
-    matvec, flat = flat_hvp(loss_fn, params, block_size)
-    product = jax.jit(matvec)
-    return lambda vector: np.asarray(product(jnp.asarray(vector, flat.dtype), flat, data))
+    dtype = jnp.result_type(*jax.tree.leaves(params))
+    return lambda vector: np.asarray(flat_hvp(loss_fn, params, data, jnp.asarray(vector, dtype), block_size))
 
 
 def _generator(key: Key[Array, ""]) -> np.random.Generator:
