@@ -1,7 +1,13 @@
 """Settings that every test shares."""
 
+import os
+
 import jax
 import pytest
+
+# It takes XLA half as long to compile without them, and programs run as fast; newer versions may not know the flag.
+if jax.__version_info__ < (0, 11):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
 
 # Chains over several devices are tested on forced CPU devices; it must be said before JAX is used.
 jax.config.update("jax_num_cpu_devices", 4)
