@@ -77,3 +77,20 @@ def draw_counterfactuals(key: Key[Array, ""], size: int) -> Counterfactuals:
         labels=labels(left[:, 1], right[:, 2]),
         base_labels=labels(left[:, 0], right[:, 0]),
     )
+
+
+@partial(jax.jit, static_argnames=("size",))
+def draw_scrubbing(key: Key[Array, ""], size: int) -> Counterfactuals:
+    """Draw base inputs, for each variable a source with the *same* value of it, and a last source of any values.
+
+    What the source of one variable has for the other is drawn anew. Labels are those of the base, which no value changes.
+
+    >>> draw_scrubbing(jax.random.key(0), 32).sources.shape
+    (32, 3, 16)
+    """
+    pattern_key, input_key = jax.random.split(key)
+    left, right = jax.random.bernoulli(pattern_key, shape=(8 * size,)).reshape(2, size, 4)
+    left, right = left.at[:, 1].set(left[:, 0]), right.at[:, 2].set(right[:, 0])
+    base, *sources = jnp.moveaxis(draw_inputs(input_key, left, right), 1, 0)
+    answers = labels(left[:, 0], right[:, 0])
+    return Counterfactuals(base=base, sources=jnp.stack(sources, axis=1), labels=answers, base_labels=answers)
