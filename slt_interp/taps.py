@@ -5,13 +5,18 @@ work under `jit`, `vmap` and `grad`.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
-from jaxtyping import Array, Float
+from jax.tree_util import Partial
+from jaxtyping import Array, Float, Key
 
 from slt_interp.tree import Params
 
 Tap = Callable[[str, Array], Array]
+
+Damage = Callable[[Key[Array, ""]], Tap]
+"""`(key) -> tap`, a pytree: activations that are damaged at random, by each key in its own way."""
 
 
 class Network(Protocol):
@@ -37,6 +42,15 @@ def no_tap(site: str, activation: Array) -> Array:
     return activation
 
 
+def _no_damage(key: Key[Array, ""]) -> Tap:
+    del key
+    return no_tap
+
+
+NO_DAMAGE: Damage = Partial(_no_damage)
+"""Leaves every activation as it is, for any key."""
+
+
 def compose(first: Tap, second: Tap) -> Tap:
     """Apply two taps in turn at every site.
 
@@ -53,6 +67,23 @@ def replace(site: str, function: Callable[[Array], Array]) -> Tap:
     3
     """
     return lambda here, activation: function(activation) if here == site else activation
+
+
+@dataclass(frozen=True)
+class Tapped:
+    """A network whose activations go through a tap of its own before the caller's."""
+
+    network: Network
+    tap: Tap
+
+    @property
+    def sites(self) -> Sequence[str]:
+        """Names of the activation sites, those of the network."""
+        return self.network.sites
+
+    def apply(self, params: Params, inputs: Array, tap: Tap = no_tap) -> Float[Array, "example output"]:
+        """Compute the logits."""
+        return self.network.apply(params, inputs, compose(self.tap, tap))
 
 
 def record(network: Network, params: Params, inputs: Array) -> tuple[Array, dict[str, Array]]:

@@ -4,12 +4,14 @@ A dial maps (key, weights, level) to degraded networks with axes (chain, draw). 
 matched loss, to tell what the loss holds from what any damage of that size would destroy.
 """
 
+import zlib
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Key, PyTree
+from jaxtyping import Array, Float, Key, PyTree
 
 from slt_interp.bases import Gaussian
 from slt_interp.data import Minibatches, num_examples
@@ -19,8 +21,8 @@ from slt_interp.posterior import LocalPosterior, LossFn
 from slt_interp.samplers.chains import chain_mesh, sample
 from slt_interp.samplers.draws import keep_params
 from slt_interp.samplers.sgld import SGLD
-from slt_interp.taps import Tap, no_tap
-from slt_interp.tree import Params
+from slt_interp.taps import NO_DAMAGE, Damage, Tap, compose
+from slt_interp.tree import Params, register_dataclass
 
 
 class Degraded(NamedTuple):
@@ -28,12 +30,12 @@ class Degraded(NamedTuple):
 
     Attributes:
         params: weights, with leading axes (chain, draw); the chain is the unit of replication.
-        tap: composed with the probe's own, for dials that damage activations.
+        damage: of activations, for probes to take over; each draw's own key decides it.
         estimate: for posterior draws, the LLC estimate of the same chains, with its verdict and warnings.
     """
 
     params: Params
-    tap: Tap = no_tap
+    damage: Damage = NO_DAMAGE
     estimate: LLCEstimate | None = None
 
 
@@ -49,15 +51,103 @@ class Dial(Protocol):
 class WeightNoise:
     """Independent Gaussian noise on every weight; the level is its standard deviation.
 
+    Args:
+        per_layer: whether the level is in units of the root mean square of each array of weights.
+
     >>> noisy = WeightNoise().draw(jax.random.key(0), {"w": jnp.zeros(5)}, 0.1, num_chains=2, num_draws=3)
     >>> noisy.params["w"].shape
     (2, 3, 5)
     """
 
+    per_layer: bool = False
+
     def draw(self, key: Key[Array, ""], params: Params, level: float, *, num_chains: int, num_draws: int) -> Degraded:
         """Draw around `params`."""
         keys = jax.random.split(key, (num_chains, num_draws))
-        return Degraded(_noisy(keys, params, jnp.float32(level)))
+        return Degraded(_noisy(keys, params, jnp.float32(level), self.per_layer))
+
+
+@dataclass(frozen=True)
+class ActivationNoise:
+    """Gaussian noise on activations, fresh for every example; the level is its standard deviation in units of their size.
+
+    That is the root mean square over examples and units of a site.
+
+    Args:
+        sites: where; every site if not given.
+
+    >>> degraded = ActivationNoise().draw(jax.random.key(0), {"w": jnp.zeros(5)}, 0.1, num_chains=2, num_draws=3)
+    >>> degraded.params["w"].shape, degraded.damage(jax.random.key(1))("layer1", jnp.ones((4, 8))).shape
+    ((2, 3, 5), (4, 8))
+    """
+
+    sites: tuple[str, ...] | None = None
+
+    def draw(self, key: Key[Array, ""], params: Params, level: float, *, num_chains: int, num_draws: int) -> Degraded:
+        """Repeat the weights; what damages their activations follows from the keys that a probe is given."""
+        del key
+        repeated = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_chains, num_draws, *jnp.shape(x))), params)
+        return Degraded(repeated, NoisyActivations(jnp.float32(level), self.sites))
+
+
+@partial(register_dataclass, data_fields=["level"], meta_fields=["sites"])
+@dataclass(frozen=True)
+class NoisyActivations:
+    """The damage of `ActivationNoise`."""
+
+    level: Float[Array, ""]
+    sites: tuple[str, ...] | None
+
+    def __call__(self, key: Key[Array, ""]) -> Tap:
+        """Make the tap that a key decides; every site has noise of its own."""
+
+        def tap(site: str, activation: Array) -> Array:
+            if self.sites is not None and site not in self.sites:
+                return activation
+            noise = jax.random.normal(jax.random.fold_in(key, zlib.crc32(site.encode())), activation.shape)
+            return activation + self.level * jnp.sqrt(jnp.mean(activation**2)) * noise
+
+        return tap
+
+
+@dataclass(frozen=True)
+class Composed:
+    """Two dials one after the other: `first` where it stands, and around each of its draws `second`, whose level is the level.
+
+    Args:
+        first: any dial.
+        first_level: where it stands.
+        second: a dial that gives one network for a key, whatever the weights: all but `TemperedPosterior`.
+    """
+
+    first: Dial
+    first_level: float
+    second: Dial
+
+    def draw(self, key: Key[Array, ""], params: Params, level: float, *, num_chains: int, num_draws: int) -> Degraded:
+        """Degrade twice."""
+        first_key, second_key = jax.random.split(key)
+        first = self.first.draw(first_key, params, self.first_level, num_chains=num_chains, num_draws=num_draws)
+        counts = jax.tree.leaves(first.params)[0].shape[:2]
+
+        def one(key: Key[Array, ""], params: Params) -> Params:
+            return jax.tree.map(lambda x: x[0, 0], self.second.draw(key, params, level, num_chains=1, num_draws=1).params)
+
+        drawn = jax.vmap(jax.vmap(one))(jax.random.split(second_key, counts), first.params)
+        # Damage of activations knows nothing of weights.
+        second = self.second.draw(second_key, params, level, num_chains=1, num_draws=1).damage
+        return Degraded(drawn, _Both(first.damage, second), first.estimate)
+
+
+@partial(register_dataclass, data_fields=["first", "second"], meta_fields=[])
+@dataclass(frozen=True)
+class _Both:
+    first: Damage
+    second: Damage
+
+    def __call__(self, key: Key[Array, ""]) -> Tap:
+        first_key, second_key = jax.random.split(key)
+        return compose(self.first(first_key), self.second(second_key))
 
 
 @dataclass(frozen=True)
@@ -110,6 +200,7 @@ class TemperedPosterior:
         return Degraded(finite, estimate=llc(draws, init_loss))
 
 
-@jax.jit
-def _noisy(keys: Key[Array, "chain draw"], params: Params, level: Array) -> Params:
-    return jax.vmap(jax.vmap(lambda key: Gaussian(params, level).sample(key, params)))(keys)
+@partial(jax.jit, static_argnames="per_layer")
+def _noisy(keys: Key[Array, "chain draw"], params: Params, level: Array, per_layer: bool) -> Params:
+    scale = jax.tree.map(lambda x: level * jnp.sqrt(jnp.mean(x**2)), params) if per_layer else level
+    return jax.vmap(jax.vmap(lambda key: Gaussian(params, scale).sample(key, params)))(keys)

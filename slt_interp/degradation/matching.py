@@ -1,17 +1,20 @@
 """Set a dial to a wanted excess loss, so that dials can be compared at equal damage."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
+from jax.nn import log_softmax
 from jaxtyping import Array, Float, Key
 
 from slt_interp.data import Batch
 from slt_interp.degradation.dials import Degraded, Dial
 from slt_interp.errors import InputError
 from slt_interp.posterior import LossFn
-from slt_interp.probes.draws import over_draws
+from slt_interp.probes.draws import Probe, over_draws
+from slt_interp.taps import NO_DAMAGE, Damage, Network, Tapped
 from slt_interp.tree import Params, register_dataclass
 
 
@@ -45,11 +48,43 @@ class LossProbe:
         return {"loss": self.loss_fn(params, self.data)}
 
 
+@partial(register_dataclass, data_fields=["inputs", "log_probabilities", "damage"], meta_fields=["network"])
+@dataclass(frozen=True)
+class BehaviorProbe:
+    """The probe `(key, params) -> {"loss"}`: KL from a network's soft outputs to those of other weights, nats per example.
+
+    The network's own weights are an exact minimum of it, of loss 0, whatever they were trained on. Make it by `at`.
+    """
+
+    network: Network
+    inputs: Float[Array, "example *input"]
+    log_probabilities: Float[Array, "example class"]
+    damage: Damage = NO_DAMAGE
+
+    @classmethod
+    def at(cls, network: Network, params: Params, inputs: Float[Array, "example *input"]) -> "BehaviorProbe":
+        """Take the behavior at `params` on `inputs` as the reference.
+
+        >>> from slt_interp.models.mlp import MLP
+        >>> import jax
+        >>> params = MLP((3, 4, 2)).init(jax.random.key(0))
+        >>> probe = BehaviorProbe.at(MLP((3, 4, 2)), params, jax.numpy.ones((5, 3)))
+        >>> float(probe(jax.random.key(1), params)["loss"])
+        0.0
+        """
+        return cls(network, inputs, log_softmax(network.apply(params, inputs)))
+
+    def __call__(self, key: Key[Array, ""], params: Params) -> dict[str, Float[Array, ""]]:
+        """Measure at one weight vector."""
+        found = log_softmax(Tapped(self.network, self.damage(key)).apply(params, self.inputs))
+        return {"loss": jnp.mean(jnp.sum(jnp.exp(self.log_probabilities) * (self.log_probabilities - found), axis=-1))}
+
+
 def match(
     key: Key[Array, ""],
     dial: Dial,
     params: Params,
-    probe: LossProbe,
+    probe: LossProbe | BehaviorProbe,
     excess_loss: float,
     *,
     bracket: tuple[float, float],
@@ -65,7 +100,7 @@ def match(
         key: for the dial.
         dial: cheap to read, and continuous in its level for a fixed key.
         params: the weights that are degraded.
-        probe: measures the loss.
+        probe: measures the loss; for dials that damage activations a `BehaviorProbe`.
         excess_loss: nats per example, positive.
         bracket: levels below and above the wanted one.
         num_chains: independent groups of degraded networks.
@@ -85,7 +120,7 @@ def match(
 
     def measure(log_level: float) -> tuple[Degraded, np.ndarray]:
         degraded = dial.draw(key, params, float(np.exp(log_level)), num_chains=num_chains, num_draws=num_draws)
-        losses = np.asarray(over_draws(key, probe, degraded.params)["loss"], dtype=np.float64)
+        losses = np.asarray(over_draws(key, with_damage(probe, degraded), degraded.params)["loss"], dtype=np.float64)
         return degraded, losses.mean(axis=1) - floor
 
     def gap(log_level: float) -> float:
@@ -103,3 +138,19 @@ def match(
     degraded, per_chain = measure(level)
     error = per_chain.std(ddof=1) / np.sqrt(num_chains) if num_chains > 1 else float("nan")
     return Matched(float(np.exp(level)), degraded, float(per_chain.mean()), float(error))
+
+
+def with_damage(probe: Probe, degraded: Degraded) -> Probe:
+    """Let a probe see the activations of degraded networks as damaged as they are.
+
+    Raises:
+        InputError: if they are damaged and the probe has no field for it.
+    """
+    if degraded.damage is NO_DAMAGE:
+        return probe
+    if not hasattr(probe, "damage"):
+        raise InputError(
+            f"the dial damages activations, which {type(probe).__name__} does not see: take a probe with a field `damage`, "
+            "such as BehaviorProbe"
+        )
+    return replace(probe, damage=degraded.damage)  # pyright: ignore[reportArgumentType]

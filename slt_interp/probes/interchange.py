@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Key
 
 from slt_interp.data import Counterfactuals
 from slt_interp.errors import InputError
-from slt_interp.taps import Network, record, replace
+from slt_interp.taps import NO_DAMAGE, Damage, Network, Tapped, record, replace
 from slt_interp.tree import Params, register_dataclass
 
 
@@ -79,7 +79,7 @@ def interchange(
     return network.apply(params, examples.base, replace(site, patch))
 
 
-@partial(register_dataclass, data_fields=["alignment", "examples"], meta_fields=["network", "site"])
+@partial(register_dataclass, data_fields=["alignment", "examples", "damage"], meta_fields=["network", "site"])
 @dataclass(frozen=True)
 class InterchangeProbe:
     """The probe `(key, params) -> {"iia", "accuracy"}` for one alignment; give it to `over_draws`.
@@ -92,12 +92,13 @@ class InterchangeProbe:
     site: str
     alignment: Alignment
     examples: Counterfactuals
+    damage: Damage = NO_DAMAGE
 
     def __call__(self, key: Key[Array, ""], params: Params) -> dict[str, Float[Array, ""]]:
         """Measure at one weight vector."""
-        del key
-        patched = interchange(self.network, params, self.site, self.alignment, self.examples)
-        plain = self.network.apply(params, self.examples.base)
+        network = Tapped(self.network, self.damage(key))
+        patched = interchange(network, params, self.site, self.alignment, self.examples)
+        plain = network.apply(params, self.examples.base)
         return {
             "iia": jnp.mean(patched.argmax(axis=-1) == self.examples.labels),
             "accuracy": jnp.mean(plain.argmax(axis=-1) == self.examples.base_labels),

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Key
 
 from slt_interp.errors import InputError
 from slt_interp.probes.interchange import check_site
-from slt_interp.taps import Network, record, replace
+from slt_interp.taps import NO_DAMAGE, Damage, Network, Tapped, record, replace
 from slt_interp.tree import Params, register_dataclass
 
 Readout = Callable[[Float[Array, "example *output"]], Float[Array, ""]]
@@ -129,7 +129,7 @@ def attributed_effects(
     return jax.vmap(lambda mask: jnp.sum(mask * per_unit))(masks)
 
 
-@partial(register_dataclass, data_fields=["masks", "base", "source"], meta_fields=["network", "site", "readout"])
+@partial(register_dataclass, data_fields=["masks", "base", "source", "damage"], meta_fields=["network", "site", "readout"])
 @dataclass(frozen=True)
 class PatchingProbe:
     """The probe `(key, params) -> {"effect", "attributed"}`, each (mask,); give it to `over_draws`."""
@@ -140,11 +140,12 @@ class PatchingProbe:
     base: Float[Array, "example *input"]
     source: Float[Array, "example *input"]
     readout: Readout
+    damage: Damage = NO_DAMAGE
 
     def __call__(self, key: Key[Array, ""], params: Params) -> dict[str, Float[Array, " mask"]]:
         """Measure at one weight vector."""
-        del key
-        arguments = self.network, params, self.site, self.masks, self.base, self.source, self.readout
+        network = Tapped(self.network, self.damage(key))
+        arguments = network, params, self.site, self.masks, self.base, self.source, self.readout
         return {"effect": patching_effects(*arguments), "attributed": attributed_effects(*arguments)}
 
 

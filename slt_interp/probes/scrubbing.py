@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int, Key
 from slt_interp.data import Counterfactuals
 from slt_interp.errors import InputError
 from slt_interp.probes.interchange import Alignment, check_site, interchange
-from slt_interp.taps import Network, record
+from slt_interp.taps import NO_DAMAGE, Damage, Network, Tapped, record
 from slt_interp.tree import Params, register_dataclass
 
 
@@ -143,7 +143,7 @@ def check_comparable(first: Coverage, second: Coverage) -> None:
         )
 
 
-@partial(register_dataclass, data_fields=["hypothesis", "examples"], meta_fields=["network", "site"])
+@partial(register_dataclass, data_fields=["hypothesis", "examples", "damage"], meta_fields=["network", "site"])
 @dataclass(frozen=True)
 class ScrubbingProbe:
     """The probe `(key, params) -> Divergence and Coverage as a dict` for one hypothesis; give it to `over_draws`.
@@ -156,13 +156,14 @@ class ScrubbingProbe:
     site: str
     hypothesis: Hypothesis
     examples: Counterfactuals
+    damage: Damage = NO_DAMAGE
 
     def __call__(self, key: Key[Array, ""], params: Params) -> dict[str, Float[Array, ""]]:
         """Measure at one weight vector."""
-        del key
-        scrubbed = scrub(self.network, params, self.site, self.hypothesis, self.examples)
-        found = divergence(self.network.apply(params, self.examples.base), scrubbed, self.examples.base_labels)
-        covered = coverage(self.network, params, self.site, self.hypothesis, self.examples.base)
+        network = Tapped(self.network, self.damage(key))
+        scrubbed = scrub(network, params, self.site, self.hypothesis, self.examples)
+        found = divergence(network.apply(params, self.examples.base), scrubbed, self.examples.base_labels)
+        covered = coverage(network, params, self.site, self.hypothesis, self.examples.base)
         return {**found._asdict(), **covered._asdict()}
 
 

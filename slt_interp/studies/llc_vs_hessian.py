@@ -72,7 +72,7 @@ class Config:
     """Steps of L-BFGS after that."""
     nbeta_factors: tuple[float, ...] = (1.0, 10.0, 100.0)
     """The nbeta at which they are measured, in units of n / log n."""
-    network_gradients: int = 4000
+    network_gradients: int = 12_000
     """Gradients per chain at most, for each nbeta and each checkpoint."""
     num_checkpoints: int = 10
     """Checkpoints of the training of the first network."""
