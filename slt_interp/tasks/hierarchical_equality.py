@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from slt_interp.data import Counterfactuals
+from slt_interp.tasks.causal import CausalModel, intervened
 from slt_interp.tree import register_dataclass
 
 ENTITY_SIZE = 4
@@ -94,3 +95,75 @@ def draw_scrubbing(key: Key[Array, ""], size: int) -> Counterfactuals:
     base, *sources = jnp.moveaxis(draw_inputs(input_key, left, right), 1, 0)
     answers = labels(left[:, 0], right[:, 0])
     return Counterfactuals(base=base, sources=jnp.stack(sources, axis=1), labels=answers, base_labels=answers)
+
+
+def left_equality(inputs: Float[Array, "example 16"]) -> Bool[Array, " example"]:
+    """Tell where a = b."""
+    a, b, _, _ = jnp.split(inputs, 4, axis=1)
+    return (a == b).all(axis=1)
+
+
+def right_equality(inputs: Float[Array, "example 16"]) -> Bool[Array, " example"]:
+    """Tell where c = d."""
+    _, _, c, d = jnp.split(inputs, 4, axis=1)
+    return (c == d).all(axis=1)
+
+
+def first_argument(inputs: Float[Array, "example 16"]) -> Float[Array, "example 4"]:
+    """Read a itself."""
+    return inputs[:, :ENTITY_SIZE]
+
+
+def _from_both(values: tuple[Array, ...], inputs: Array) -> Int[Array, " example"]:
+    del inputs
+    return labels(*values)
+
+
+def _from_left(values: tuple[Array, ...], inputs: Array) -> Int[Array, " example"]:
+    return labels(values[0], right_equality(inputs))
+
+
+def _from_first(values: tuple[Array, ...], inputs: Array) -> Int[Array, " example"]:
+    b = inputs[:, ENTITY_SIZE : 2 * ENTITY_SIZE]
+    return labels((values[0] == b).all(axis=1), right_equality(inputs))
+
+
+MODELS = {
+    "both equalities": CausalModel((left_equality, right_equality), _from_both),
+    "left equality": CausalModel((left_equality,), _from_left),
+    "first argument": CausalModel((first_argument,), _from_first),
+}
+"""Causal models of the task: all give its labels, and differ in what an intervention does."""
+
+
+@dataclass(frozen=True)
+class Interventions:
+    """Counterfactuals of a causal model of the task, `(key, size) -> Counterfactuals`; equal for equal models.
+
+    Base inputs and sources have the four patterns at random. Half of the sources have the base's b for their a: an intervention
+    on a itself could otherwise make no pair equal.
+
+    >>> Interventions(MODELS["left equality"])(jax.random.key(0), 8).sources.shape
+    (8, 1, 16)
+    """
+
+    model: CausalModel
+
+    @partial(jax.jit, static_argnums=(0, 2))
+    def __call__(self, key: Key[Array, ""], size: int) -> Counterfactuals:
+        """Draw base inputs and a source for every variable."""
+        pattern_key, input_key, copy_key = jax.random.split(key, 3)
+        count = len(self.model.variables)
+        left, right = jax.random.bernoulli(pattern_key, shape=(2 * size * (1 + count),)).reshape(2, size, 1 + count)
+        base, *sources = jnp.moveaxis(draw_inputs(input_key, left, right), 1, 0)
+        is_copied = jax.random.bernoulli(copy_key, shape=(count, size))
+        b = base[:, ENTITY_SIZE : 2 * ENTITY_SIZE]
+        pairs = zip(sources, is_copied, strict=True)
+        moved = [jnp.where(copied[:, None], _with_first(source, b), source) for source, copied in pairs]
+        return intervened(self.model, base, jnp.stack(moved, axis=1))
+
+
+def _with_first(inputs: Float[Array, "example 16"], a: Float[Array, "example 4"]) -> Float[Array, "example 16"]:
+    """Put another a in, and in b where they were equal."""
+    b = jnp.where(left_equality(inputs)[:, None], a, inputs[:, ENTITY_SIZE : 2 * ENTITY_SIZE])
+    return jnp.concatenate([a, b, inputs[:, 2 * ENTITY_SIZE :]], axis=1)
