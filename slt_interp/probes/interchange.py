@@ -12,6 +12,7 @@ References:
     Geiger et al. (2023), arXiv:2303.02536, definitions 3.1 to 3.3.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -64,6 +65,13 @@ def interchange(
     Raises:
         InputError: if the network has no such site, or the alignment does not fit the activation.
     """
+    return network.apply(params, examples.base, replace(site, interchange_patch(network, params, site, alignment, examples)))
+
+
+def interchange_patch(
+    network: Network, params: Params, site: str, alignment: Alignment, examples: Counterfactuals
+) -> Callable[[Float[Array, "example width"]], Float[Array, "example width"]]:
+    """Make the function that `interchange` applies to the activation of the base inputs; arguments and errors are the same."""
     check_site(network, site)
     num_variables = examples.sources.shape[1]
     sources = examples.sources.swapaxes(0, 1).reshape(-1, *examples.sources.shape[2:])
@@ -76,7 +84,7 @@ def interchange(
         moved = ((activations - base) @ alignment.rotation) * alignment.masks[:, None, :]
         return base + moved.sum(axis=0) @ alignment.rotation.T
 
-    return network.apply(params, examples.base, replace(site, patch))
+    return patch
 
 
 @partial(register_dataclass, data_fields=["alignment", "examples", "damage"], meta_fields=["network", "site"])
