@@ -160,10 +160,11 @@ def _measure_network(config: Config, block_size: int | None) -> dict[str, Any]:
             return products.T
 
         starts = jax.random.normal(keys[0], (flat.size, config.num_peer_pairs))
-        values, vectors, _ = lobpcg_standard(matmat, starts, m=100)
+        values, vectors, iterations = lobpcg_standard(matmat, starts, m=100)
         images = matmat(vectors)
-        residuals = jnp.linalg.norm(images - vectors * values, axis=0)
+        residuals, iterations = jnp.linalg.norm(images - vectors * values, axis=0), int(iterations)
     else:
+        iterations = None
         values, _, residuals = top_eigenpairs(keys[0], loss_fn, params, data, config.num_pairs, block_size=block_size)
     return {
         "method": "LOBPCG" if block_size is None else "top_eigenpairs",
@@ -172,6 +173,7 @@ def _measure_network(config: Config, block_size: int | None) -> dict[str, Any]:
         "dimension": dimension(params),
         "values": np.asarray(values).tolist(),
         "residuals": np.asarray(residuals).tolist(),
+        "iterations": iterations,
         "seconds": time.perf_counter() - start,
         "mebibytes": _peak() - before,
     }

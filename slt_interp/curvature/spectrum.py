@@ -220,7 +220,8 @@ def top_eigenpairs(
 ) -> Eigenpairs:
     """Compute eigenpairs of the Hessian of the largest |eigenvalue|, multiple ones as often as they occur.
 
-    Costs about four products for each pair, and three vectors of memory.
+    Costs from two products for each pair, where eigenvalues are well apart, to twenty, where they crowd; about four vectors of
+    memory for each.
 
     Args:
         key: for starting vectors.
@@ -246,7 +247,7 @@ def top_eigenpairs(
         raise InputError(f"count must lie between 1 and the number of parameters, {size}, but is {count}")
     matvec = _host_product(loss_fn, params, data, block_size)
     check_symmetric(matvec, size)
-    return leading_eigenpairs(_generator(key), matvec, size, count, num_products=2 * count + 20, max_products=4 * count + 20)
+    return leading_eigenpairs(_generator(key), matvec, size, count, num_products=2 * count + 20, max_products=20 * (count + 1))
 
 
 def dense_hessian(
