@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import jax
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, Key
 
@@ -84,6 +85,12 @@ class Tapped:
     def apply(self, params: Params, inputs: Array, tap: Tap = no_tap) -> Float[Array, "example output"]:
         """Compute the logits."""
         return self.network.apply(params, inputs, compose(self.tap, tap))
+
+
+def damaged_runs(network: Network, damage: Damage, key: Key[Array, ""]) -> tuple[Tapped, Tapped]:
+    """Make the networks that base and source inputs run through: damaged alike, and each at random for itself."""
+    base_key, source_key = jax.random.split(key)
+    return Tapped(network, damage(base_key)), Tapped(network, damage(source_key))
 
 
 def record(network: Network, params: Params, inputs: Array) -> tuple[Array, dict[str, Array]]:

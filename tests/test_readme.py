@@ -8,7 +8,7 @@ README = (Path(__file__).parents[1] / "README.md").read_text()
 
 @pytest.mark.slow
 def test_notebook_examples_run_as_they_stand(capsys):
-    first, second, third, fourth = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    first, second, third, probes, fourth = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len([line for line in first.splitlines() if line]) == 10
     notebook = {}
     exec(first, notebook)
@@ -18,6 +18,9 @@ def test_notebook_examples_run_as_they_stand(capsys):
     assert re.search(r"LLC [\d.]+ \+- [\d.]+ at nbeta 100, localization 100", capsys.readouterr().out)
     exec(third, notebook)
     assert re.search(r"Ladder of \d+ rungs up to nbeta 1000 ", capsys.readouterr().out)
+    exec(probes, notebook)
+    assert notebook["effects"].shape == (4, 5, 6)
+    capsys.readouterr()
     exec(fourth, notebook)
     assert "exact: 50.0" in capsys.readouterr().out
 

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Key
 
 from slt_interp.data import Counterfactuals
 from slt_interp.errors import InputError
-from slt_interp.taps import NO_DAMAGE, Damage, Network, Tapped, record, replace
+from slt_interp.taps import NO_DAMAGE, Damage, Network, damaged_runs, record, replace
 from slt_interp.tree import Params, register_dataclass
 
 
@@ -104,8 +104,9 @@ class InterchangeProbe:
 
     def __call__(self, key: Key[Array, ""], params: Params) -> dict[str, Float[Array, ""]]:
         """Measure at one weight vector."""
-        network = Tapped(self.network, self.damage(key))
-        patched = interchange(network, params, self.site, self.alignment, self.examples)
+        network, other = damaged_runs(self.network, self.damage, key)
+        patch = interchange_patch(other, params, self.site, self.alignment, self.examples)
+        patched = network.apply(params, self.examples.base, replace(self.site, patch))
         plain = network.apply(params, self.examples.base)
         return {
             "iia": jnp.mean(patched.argmax(axis=-1) == self.examples.labels),

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Key
 
 from slt_interp.errors import InputError
 from slt_interp.probes.interchange import check_site
-from slt_interp.taps import NO_DAMAGE, Damage, Network, Tapped, record, replace
+from slt_interp.taps import NO_DAMAGE, Damage, Network, damaged_runs, record, replace
 from slt_interp.tree import Params, register_dataclass
 
 Readout = Callable[[Float[Array, "example *output"]], Float[Array, ""]]
@@ -119,14 +119,8 @@ def attributed_effects(
 
     Exact where the readout is linear in the activation; arguments and errors are the same.
     """
-    put_in, here = (_activation(network, params, site, masks, inputs) for inputs in (source, base))
-
-    def read(change: Array) -> Float[Array, ""]:
-        return readout(network.apply(params, base, replace(site, lambda h: h + change)))
-
-    change = put_in - here
-    per_unit = (jax.grad(read)(jnp.zeros_like(change)) * change).sum(axis=0)
-    return jax.vmap(lambda mask: jnp.sum(mask * per_unit))(masks)
+    activation = _activation(network, params, site, masks, source)
+    return _attributed(network, params, site, masks, base, activation, readout)
 
 
 @partial(register_dataclass, data_fields=["masks", "base", "source", "damage"], meta_fields=["network", "site", "readout"])
@@ -144,9 +138,10 @@ class PatchingProbe:
 
     def __call__(self, key: Key[Array, ""], params: Params) -> dict[str, Float[Array, " mask"]]:
         """Measure at one weight vector."""
-        network = Tapped(self.network, self.damage(key))
-        arguments = network, params, self.site, self.masks, self.base, self.source, self.readout
-        return {"effect": patching_effects(*arguments), "attributed": attributed_effects(*arguments)}
+        network, other = damaged_runs(self.network, self.damage, key)
+        activation = _activation(other, params, self.site, self.masks, self.source)
+        arguments = network, params, self.site, self.masks, self.base, activation, self.readout
+        return {"effect": _effects(*arguments), "attributed": _attributed(*arguments)}
 
 
 def _activation(network: Network, params: Params, site: str, masks: Array, inputs: Array) -> Array:
@@ -177,3 +172,14 @@ def _effects(
         return readout(network.apply(params, inputs, tap)) - before
 
     return jax.lax.map(one, masks)
+
+
+def _attributed(
+    network: Network, params: Params, site: str, masks: Array, inputs: Array, activation: Array, readout: Readout
+) -> Float[Array, " mask"]:
+    def read(change: Array) -> Float[Array, ""]:
+        return readout(network.apply(params, inputs, replace(site, lambda h: h + change)))
+
+    change = activation - record(network, params, inputs)[1][site]
+    per_unit = (jax.grad(read)(jnp.zeros_like(change)) * change).sum(axis=0)
+    return jax.vmap(lambda mask: jnp.sum(mask * per_unit))(masks)

@@ -20,8 +20,8 @@ from jaxtyping import Array, Float, Int, Key
 
 from slt_interp.data import Counterfactuals
 from slt_interp.errors import InputError
-from slt_interp.probes.interchange import Alignment, check_site, interchange
-from slt_interp.taps import NO_DAMAGE, Damage, Network, Tapped, record
+from slt_interp.probes.interchange import Alignment, check_site, interchange, interchange_patch
+from slt_interp.taps import NO_DAMAGE, Damage, Network, damaged_runs, record, replace
 from slt_interp.tree import Params, register_dataclass
 
 
@@ -109,11 +109,7 @@ def scrub(
     Raises:
         InputError: if the network has no such site, masks overlap, or the hypothesis does not fit activation and examples.
     """
-    alignment, irrelevant = hypothesis
-    masks = jnp.concatenate([alignment.masks, irrelevant[None]])
-    if not isinstance(masks, Tracer) and masks.sum(axis=0).max() > 1:
-        raise InputError("a direction is claimed twice: masks of variables and of what is irrelevant must not overlap")
-    return interchange(network, params, site, Alignment(alignment.rotation, masks), examples)
+    return interchange(network, params, site, _as_alignment(hypothesis), examples)
 
 
 def coverage(
@@ -160,11 +156,21 @@ class ScrubbingProbe:
 
     def __call__(self, key: Key[Array, ""], params: Params) -> dict[str, Float[Array, ""]]:
         """Measure at one weight vector."""
-        network = Tapped(self.network, self.damage(key))
-        scrubbed = scrub(network, params, self.site, self.hypothesis, self.examples)
+        network, other = damaged_runs(self.network, self.damage, key)
+        patch = interchange_patch(other, params, self.site, _as_alignment(self.hypothesis), self.examples)
+        scrubbed = network.apply(params, self.examples.base, replace(self.site, patch))
         found = divergence(network.apply(params, self.examples.base), scrubbed, self.examples.base_labels)
         covered = coverage(network, params, self.site, self.hypothesis, self.examples.base)
         return {**found._asdict(), **covered._asdict()}
+
+
+def _as_alignment(hypothesis: Hypothesis) -> Alignment:
+    """Treat what is irrelevant as one more variable."""
+    alignment, irrelevant = hypothesis
+    masks = jnp.concatenate([alignment.masks, irrelevant[None]])
+    if not isinstance(masks, Tracer) and masks.sum(axis=0).max() > 1:
+        raise InputError("a direction is claimed twice: masks of variables and of what is irrelevant must not overlap")
+    return Alignment(alignment.rotation, masks)
 
 
 _SAME_COVERAGE = 0.02

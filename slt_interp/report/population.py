@@ -34,7 +34,7 @@ def population_section(population: Results) -> Section:
     sentences = (
         population_sentence(population),
         f"Each point is a network trained on {population['num_examples']} digits and polished; its gap is the loss on the other digits less that on its own. All measures are "
-        f"at nβ = {population['nbeta']:.0f} and γ = {population['localization']:g}; above each panel stand Spearman's rank correlation and its 95% interval.",
+        f"at nβ = {population['nbeta']:.0f} and γ = {population['localization']:g}, volumes at ε = {population['threshold']:g}; above each panel stand Spearman's rank correlation and its 95% interval.",
         f"Of the sampled LLCs {distrusted} of {len(networks)} carry the verdict not to be trusted; they are among the points.",
         "Information lost up to a layer is the coding rate of the inputs less that of the layer, at an error of a tenth of the activations' deviation.",
     )
@@ -61,7 +61,8 @@ def _measures(networks: Sequence[Results]) -> dict[str, str]:
         "LLC by the Hessian (Gaussian)": "gaussian",
         "trace of the Hessian": "trace",
         "largest eigenvalue": "largest",
-        "ln V by the Hessian (nats)": "log_volume",
+        "ln V (sampled, nats)": "log_volume",
+        "ln V by the Hessian (nats)": "gaussian_log_volume",
         **{f"{name} (bits)": name for name in lost},
     }
 

@@ -15,6 +15,7 @@ from slt_interp.curvature.spectrum import estimate_spectrum
 from slt_interp.estimators.calibration import customary_nbeta
 from slt_interp.estimators.estimate import estimate_llc
 from slt_interp.estimators.llc import mean_loss
+from slt_interp.estimators.subset import subset_simulation
 from slt_interp.models.mlp import MLP
 from slt_interp.posterior import LossFn
 from slt_interp.probes.coding_rate import coding_rate
@@ -58,7 +59,7 @@ def measure_population(
             for j, decay in enumerate(decays):
                 params = jax.tree.map(lambda x, j=j: x[j], trained)
                 params = polish(loss_fn, params, data, num_steps=polish_steps).params
-                spectrum_key, llc_key = jax.random.split(jax.random.fold_in(measure_key, j))
+                spectrum_key, llc_key, volume_key = jax.random.split(jax.random.fold_in(measure_key, j), 3)
                 spectrum = estimate_spectrum(spectrum_key, loss_fn, params, data)
                 estimate = estimate_llc(
                     llc_key,
@@ -71,7 +72,10 @@ def measure_population(
                     max_gradients=max_gradients,
                     progress=False,
                 )
-                base = Gaussian(params, LOCALIZATION**-0.5)
+                base, thresholds = Gaussian(params, LOCALIZATION**-0.5), np.array([THRESHOLD])
+                volume = subset_simulation(
+                    volume_key, loss_fn, params, data, thresholds, base=base, num_particles=200, max_rounds=2, progress=False
+                )
                 train_loss, test_loss = (mean_loss(loss_fn, params, examples)[0] for examples in (data, test))
                 found.append(
                     {
@@ -85,7 +89,9 @@ def measure_population(
                         "gaussian": spectrum.llc(nbeta, LOCALIZATION)[0],
                         "trace": spectrum.trace[0],
                         "largest": float(spectrum.ritz_values.max()),
-                        "log_volume": float(spectrum.log_volume(np.array([THRESHOLD]), base)[0]),
+                        "log_volume": volume.log_volume[0],
+                        "log_volume_std_error": volume.std_error[0],
+                        "gaussian_log_volume": float(spectrum.log_volume(thresholds, base)[0]),
                         **_information_lost(network, params, data["inputs"]),
                     }
                 )

@@ -13,6 +13,7 @@ from slt_interp.errors import InputError
 from slt_interp.models.mlp import MLP
 from slt_interp.probes.draws import over_draws
 from slt_interp.probes.interchange import Alignment, InterchangeProbe, block_masks
+from slt_interp.probes.patching import PatchingProbe
 from slt_interp.tasks.hierarchical_equality import draw_counterfactuals
 from tests.probes.handcrafted import NETWORK, handcrafted_params
 
@@ -66,6 +67,22 @@ def test_probe_sees_damaged_activations_and_others_are_told_to(key):
     assert abs(found[100.0]["accuracy"].mean() - 0.5) < 4 * np.sqrt(0.25 / 3000)
     with pytest.raises(InputError, match="the dial damages activations, which LossProbe does not see"):
         with_damage(LossProbe(lambda w, batch: 0.0, None), degraded)
+
+
+def test_base_and_source_are_damaged_each_for_itself(key, params):
+    # Patching an input's own activation changes nothing, but for noise that the two runs do not share.
+    x = jax.random.normal(key, (400, 6))
+    probe = PatchingProbe(SMALL, "layer1", jnp.ones((1, 5)), x, x, lambda y: y[0, 0])
+    found = {}
+    for level in (0.0, 0.5):
+        degraded = ActivationNoise().draw(key, params, level, num_chains=10, num_draws=20)
+        found[level] = np.asarray(over_draws(key, with_damage(probe, degraded), degraded.params)["effect"]).ravel()
+    assert not found[0.0].any()
+    hidden = np.maximum(np.asarray(x) @ params["layers"][0]["kernel"], 0)
+    noise = 0.5 * np.sqrt(np.mean(hidden**2))
+    # The difference of two noises at every unit, read by its outgoing weight.
+    spread = np.sqrt(2) * noise * np.linalg.norm(params["layers"][1]["kernel"][:, 0])
+    assert abs(found[0.5].std() / spread - 1) < 4 / np.sqrt(2 * 200)
 
 
 def test_behavior_is_matched_for_a_dial_of_activations(key, params):
