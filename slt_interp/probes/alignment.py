@@ -103,6 +103,47 @@ def fit_alignment(
 
 
 @functools.partial(jax.jit, static_argnames=("network", "site", "counterfactuals", "num_steps", "batch_size"))
+def refit_alignment(
+    key: Key[Array, ""],
+    network: Network,
+    params: Params,
+    site: str,
+    alignment: Alignment,
+    counterfactuals: Callable[[Key[Array, ""], int], Counterfactuals],
+    *,
+    units: Float[Array, " width"] | None = None,
+    num_steps: int = 150,
+    batch_size: int = 512,
+    learning_rate: float = 1e-2,
+) -> Alignment:
+    """Let a frozen alignment follow a network that has moved: a short search from where it is. Maps over weights.
+
+    Args:
+        key: for training examples.
+        network: anything with `apply` and `sites`.
+        params: its weights.
+        site: where the alignment is.
+        alignment: what to start from; its masks stay.
+        counterfactuals: `(key, size) -> Counterfactuals`, a plain function.
+        units: 1 at the units among which directions may turn, all if not given; a planted twin is confined to its own, or it
+            would find the genuine circuit beside it.
+        num_steps: Adam steps, with a learning rate that falls to 0 along a cosine.
+        batch_size: fresh examples per step.
+        learning_rate: Adam's.
+
+    Raises:
+        InputError: if there is no such site, or the alignment does not fit it.
+    """
+    among = jnp.ones(alignment.rotation.shape) if units is None else jnp.outer(units, units)
+
+    def rotated(free: Array) -> Alignment:
+        return Alignment(cayley(among * free) @ alignment.rotation, alignment.masks)
+
+    free = _descend(key, network, params, site, rotated, len(among), counterfactuals, num_steps, batch_size, learning_rate)
+    return rotated(free)
+
+
+@functools.partial(jax.jit, static_argnames=("network", "site", "counterfactuals", "num_steps", "batch_size"))
 def _search(
     keys: Key[Array, " restart"],
     network: Network,
@@ -115,27 +156,48 @@ def _search(
     batch_size: int,
     learning_rate: float,
 ) -> tuple[Float[Array, "restart width width"], Float[Array, " restart"]]:
-    optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, num_steps))
-    width = masks.shape[1]
-
     def one(key: Key[Array, ""]) -> tuple[Array, Array]:
         start_key, data_key = jax.random.split(key)
-        start = random_rotations(start_key, 1, width)[0]
+        start = random_rotations(start_key, 1, masks.shape[1])[0]
 
-        def loss(free: Array, batch: Counterfactuals) -> Array:
-            logits = interchange(network, params, site, Alignment(start @ cayley(free), masks), batch)
-            return optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels).mean()
+        def rotated(free: Array) -> Alignment:
+            return Alignment(start @ cayley(free), masks)
 
-        def step(t: Array, carry: tuple) -> tuple:
-            free, state = carry
-            batch = counterfactuals(jax.random.fold_in(data_key, t), batch_size)
-            updates, state = optimizer.update(jax.grad(loss)(free, batch), state)
-            return optax.apply_updates(free, updates), state
-
-        zero = jnp.zeros((width, width))
-        free, _ = jax.lax.fori_loop(0, num_steps, step, (zero, optimizer.init(zero)))
-        rotation = start @ cayley(free)
+        free = _descend(
+            data_key, network, params, site, rotated, masks.shape[1], counterfactuals, num_steps, batch_size, learning_rate
+        )
+        rotation, _ = rotated(free)
         logits = interchange(network, params, site, Alignment(rotation, masks), examples)
         return rotation, jnp.mean(logits.argmax(axis=-1) == examples.labels)
 
     return jax.vmap(one)(keys)
+
+
+def _descend(
+    key: Key[Array, ""],
+    network: Network,
+    params: Params,
+    site: str,
+    rotated: Callable[[Float[Array, "width width"]], Alignment],
+    width: int,
+    counterfactuals: Callable,
+    num_steps: int,
+    batch_size: int,
+    learning_rate: float,
+) -> Float[Array, "width width"]:
+    """Lower the cross-entropy to counterfactual labels from free = 0, where `rotated` is the start."""
+    optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, num_steps))
+
+    def loss(free: Array, batch: Counterfactuals) -> Array:
+        logits = interchange(network, params, site, rotated(free), batch)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels).mean()
+
+    def step(t: Array, carry: tuple) -> tuple:
+        free, state = carry
+        batch = counterfactuals(jax.random.fold_in(key, t), batch_size)
+        updates, state = optimizer.update(jax.grad(loss)(free, batch), state)
+        return optax.apply_updates(free, updates), state
+
+    zero = jnp.zeros((width, width))
+    free, _ = jax.lax.fori_loop(0, num_steps, step, (zero, optimizer.init(zero)))
+    return free

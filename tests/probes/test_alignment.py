@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from slt_interp.models.mlp import MLP
-from slt_interp.probes.alignment import cayley, fit_alignment, random_rotations
+from slt_interp.probes.alignment import cayley, fit_alignment, random_rotations, refit_alignment
+from slt_interp.probes.interchange import Alignment, InterchangeProbe, block_masks
 from slt_interp.tasks.hierarchical_equality import draw_counterfactuals
 from tests.probes.handcrafted import NETWORK, handcrafted_params
 
@@ -64,3 +65,21 @@ def test_unknown_site_and_too_many_directions_are_errors(key):
         fit_alignment(key, NETWORK, params, "head", (8, 8), draw_counterfactuals)
     with pytest.raises(ValueError, match="3 directions were asked for"):
         fit_alignment(key, NETWORK, params, "layer2", (2, 1), draw_counterfactuals)
+
+
+def test_refit_brings_a_turned_alignment_back_and_moves_no_direction_among_other_units(key):
+    params, examples = handcrafted_params(sharpness=1.0), draw_counterfactuals(key, 2000)
+    masks = block_masks((8, 8), 16)
+    turned = Alignment(cayley(0.5 * jax.random.normal(key, (16, 16))), masks)
+
+    def iia(alignment):
+        return float(InterchangeProbe(NETWORK, "layer1", alignment, examples)(key, params)["iia"])
+
+    assert iia(turned) < 0.8
+    refit = refit_alignment(key, NETWORK, params, "layer1", turned, draw_counterfactuals)
+    assert iia(refit) > iia(turned) + 0.1
+    np.testing.assert_allclose(refit.rotation @ refit.rotation.T, np.eye(16), atol=1e-5)
+    units = jnp.arange(16) < 8
+    confined = refit_alignment(key, NETWORK, params, "layer1", turned, draw_counterfactuals, units=units.astype(float))
+    np.testing.assert_allclose(confined.rotation[8:], turned.rotation[8:], atol=1e-6)
+    assert np.abs(confined.rotation[:8] - turned.rotation[:8]).max() > 0.01

@@ -1,0 +1,178 @@
+"""Whether the loss holds a circuit: the judgement of a candidate alignment along the tempered posterior.
+
+A candidate is measured on draws of rising excess loss, beside its planted twin (`planted`), which nothing in the loss holds,
+and beside random maps. What counts is where the twin has died: there a candidate that lives is held. Where the twin lives, too,
+the localization keeps everything near the weights, and there is nothing to be told. Chains are the unit of replication.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+from slt_interp.errors import InputError
+
+HELD, NOT_HELD, NO_WINDOW, NOT_EQUILIBRATED = "held", "not held", "no window", "not equilibrated"
+
+_Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Survival:
+    """What probes say of a candidate at levels of rising excess loss, one number for each chain: the mean over its draws.
+
+    Attributes:
+        excess_loss: of the levels, rising, nats.
+        effect: of the candidate, after a short refit from its frozen alignment (`EffectProbe`), (level, chain).
+        twin: the same of its planted twin, on the same chains.
+        random: the same of random maps.
+        disturbance: of the candidate, nats.
+        swap_disturbance: of the candidate, nats.
+        accuracy: of the networks.
+        rhat: of the candidate's effect at each level, over chains and draws.
+        dormancy: the candidate's dormancy share at the weights themselves.
+        ceiling: accuracy at the weights themselves.
+    """
+
+    excess_loss: Float[_Array, " level"]
+    effect: Float[_Array, "level chain"]
+    twin: Float[_Array, "level chain"]
+    random: Float[_Array, "level chain"]
+    disturbance: Float[_Array, "level chain"]
+    swap_disturbance: Float[_Array, "level chain"]
+    accuracy: Float[_Array, "level chain"]
+    rhat: Float[_Array, " level"]
+    dormancy: float
+    ceiling: float
+
+    @property
+    def scaled(self) -> Float[_Array, "level chain"]:
+        """F~ of the candidate: (F - F_random) / (accuracy - F_random), 1 for a circuit that is all there."""
+        return self._scaled(self.effect)
+
+    @property
+    def scaled_twin(self) -> Float[_Array, "level chain"]:
+        """F~ of the twin."""
+        return self._scaled(self.twin)
+
+    def _scaled(self, effect: Float[_Array, "level chain"]) -> Float[_Array, "level chain"]:
+        # The scale is one number for a level: a ratio of noisy numbers of single chains has no mean.
+        chance = self.random.mean(axis=1, keepdims=True)
+        room = self.accuracy.mean(axis=1, keepdims=True) - chance
+        return (effect - chance) / np.where(room > 0, room, np.nan)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A word for the candidate, and why; `print` it.
+
+    Attributes:
+        word: "held", "not held", "no window" or "not equilibrated".
+        reasons: in words.
+        num_levels: so many levels were good enough to be judged.
+    """
+
+    word: str
+    reasons: tuple[str, ...]
+    num_levels: int
+
+    def __str__(self) -> str:
+        return "\n- ".join([f"{self.word} ({self.num_levels} levels judged)", *self.reasons])
+
+
+def naturalness(found: Survival, *, confidence: float = 0.95) -> Verdict:
+    """Judge whether the loss holds a candidate.
+
+    Levels count where the accuracy is at least 0.9 of the ceiling. There must be some ("no window"), the probe must agree
+    between chains, with an R-hat of at most 1.1 ("not equilibrated"), and the twin must be dead at the mildest of them, F~
+    below 0.5 ("no window": the localization holds it). Then the candidate is held if at every level, by one-sided t tests over
+    chains at the given confidence, corrected for their number after Holm, (i) its F~ is above 0.8; (ii) it is above the twin's
+    by more than 0.1, paired by chain; (iii) its disturbance is below a quarter of its swap disturbance; and (iv) its dormancy
+    share is below 0.25.
+
+    The thresholds are those of a pilot on 19 networks, and no error rates are known of them yet: a verdict is a reading of
+    curves that are to be looked at.
+
+    Raises:
+        InputError: if shapes do not fit, or there are fewer than 4 chains.
+
+    References:
+        Holm (1979), A simple sequentially rejective multiple test procedure.
+    """
+    _check(found)
+    good = found.accuracy.mean(axis=1) >= _ACCURACY * found.ceiling
+    # A network that has failed once is not judged at worse levels, though by chance it may answer better there.
+    good &= np.cumprod(good).astype(bool)
+    if not good.any():
+        return Verdict(NO_WINDOW, (f"no level keeps {_ACCURACY:.0%} of the accuracy of the weights: take milder levels",), 0)
+    count = int(good.sum())
+    apart = np.flatnonzero(~(found.rhat[:count] <= _RHAT))
+    if len(apart):
+        return Verdict(
+            NOT_EQUILIBRATED,
+            (
+                f"chains disagree in the effect at excess loss {found.excess_loss[apart[0]]:.3g} (R-hat "
+                f"{found.rhat[apart[0]]:.2f}): run longer, or raise the localization",
+            ),
+            count,
+        )
+    twin = float(found.scaled_twin[0].mean())
+    if not twin < _DEAD:
+        reason = f"the planted twin lives at the mildest level (F~ {twin:.2f}): lower the localization, or nbeta"
+        return Verdict(NO_WINDOW, (reason,), count)
+    reasons, values = [], []
+    for level in range(count):
+        for name, series, limit in (
+            ("its effect F~ is not above", found.scaled[level], _ALIVE),
+            ("it is not above its twin by", found.scaled[level] - found.scaled_twin[level], _ABOVE),
+            (
+                "its disturbance is not below that part of its swap disturbance,",
+                _DISTURBED * found.swap_disturbance[level] - found.disturbance[level],
+                0.0,
+            ),
+        ):
+            values.append(_p_value(series - limit))
+            shown = _DISTURBED if limit == 0.0 else limit
+            reasons.append(f"at excess loss {found.excess_loss[level]:.3g} {name} {shown:g}")
+    failed = ~_holm(np.array(values), 1 - confidence)
+    why = [reason for reason, is_open in zip(reasons, failed, strict=True) if is_open]
+    if not found.dormancy < _DORMANT:
+        why.append(f"{found.dormancy:.0%} of its effect enters through units that do nothing on natural inputs")
+    return Verdict(NOT_HELD if why else HELD, tuple(why), count)
+
+
+def _p_value(excess: Float[_Array, " chain"]) -> float:
+    """One-sided p-value of a mean above 0, by Student's t; 0 or 1 if all chains say the same."""
+    from scipy.stats import t
+
+    count, spread = len(excess), excess.std(ddof=1)
+    if not spread > 0:
+        return float(not excess.mean() > 0)
+    return float(t.sf(excess.mean() / (spread / np.sqrt(count)), count - 1))
+
+
+def _holm(p_values: Float[_Array, " test"], level: float) -> _Array:
+    """Tell which hypotheses are rejected, at a family-wise error rate."""
+    order, count = np.argsort(p_values), len(p_values)
+    passed = p_values[order] <= level / (count - np.arange(count))
+    rejected = np.zeros(count, bool)
+    rejected[order] = np.cumprod(passed).astype(bool)
+    return rejected
+
+
+def _check(found: Survival) -> None:
+    shape = np.shape(found.effect)
+    for name in ("effect", "twin", "random", "disturbance", "swap_disturbance", "accuracy"):
+        given = np.shape(getattr(found, name))
+        if len(given) != 2 or given != shape or given[0] != len(found.excess_loss):
+            raise InputError(
+                f"{name} has shape {given}, but there are {len(found.excess_loss)} levels and effect has {shape}: give one "
+                "number for each level and chain"
+            )
+    if np.shape(found.rhat) != shape[:1] or not np.all(np.diff(found.excess_loss) > 0):
+        raise InputError("excess_loss must rise, and rhat must have one number for each level")
+    if shape[1] < _MIN_CHAINS:
+        raise InputError(f"a verdict needs {_MIN_CHAINS} chains, its unit of replication, but there are {shape[1]}")
+
+
+_ACCURACY, _RHAT, _DEAD, _ALIVE, _ABOVE, _DISTURBED, _DORMANT, _MIN_CHAINS = 0.9, 1.1, 0.5, 0.8, 0.1, 0.25, 0.25, 4

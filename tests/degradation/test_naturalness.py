@@ -1,0 +1,123 @@
+"""Verdicts on curves whose answers are known, and the probe that they are made of on a network whose circuit is known."""
+
+from dataclasses import replace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from slt_interp.degradation.naturalness import Survival, naturalness
+from slt_interp.errors import InputError
+from slt_interp.probes.effect import EffectProbe
+from slt_interp.probes.interchange import Alignment, block_masks
+from slt_interp.tasks.hierarchical_equality import draw_counterfactuals, draw_scrubbing
+from tests.probes.handcrafted import NETWORK, handcrafted_params
+
+LEVELS, CHAINS = 4, 16
+MEASURES = ("effect", "twin", "random", "disturbance", "swap_disturbance", "accuracy")
+
+
+def curves(seed=0, *, effect=0.97, twin=0.1, spread=0.03, disturbance=0.02, accuracy=0.97):
+    """Chains that scatter around given means at every level."""
+    rng = np.random.default_rng(seed)
+
+    def around(mean, spread=spread):
+        return np.broadcast_to(mean, (LEVELS,))[:, None] + spread * rng.normal(size=(LEVELS, CHAINS))
+
+    return Survival(
+        excess_loss=np.array([0.002, 0.005, 0.01, 0.02]),
+        effect=around(effect),
+        twin=around(twin),
+        random=around(0.05, 0.0),
+        disturbance=around(disturbance),
+        swap_disturbance=around(1.0),
+        accuracy=around(accuracy, 0.001),
+        rhat=np.full(LEVELS, 1.01),
+        dormancy=0.02,
+        ceiling=1.0,
+    )
+
+
+def test_circuit_that_lives_where_its_twin_is_dead_is_held():
+    verdict = naturalness(curves())
+    assert (verdict.word, verdict.reasons, verdict.num_levels) == ("held", (), LEVELS)
+
+
+@pytest.mark.parametrize(
+    ("found", "word", "reason"),
+    [
+        (curves(effect=0.1), "not held", "its effect F~ is not above 0.8"),
+        (curves(effect=[0.97, 0.97, 0.97, 0.5]), "not held", "at excess loss 0.02 its effect F~ is not above 0.8"),
+        (curves(disturbance=0.5), "not held", "its disturbance is not below that part of its swap disturbance, 0.25"),
+        (curves(twin=[0.1, 0.9, 0.9, 0.95]), "not held", "it is not above its twin by 0.1"),
+        (replace(curves(), dormancy=0.9), "not held", "90% of its effect enters through units that do nothing"),
+        (curves(twin=0.9), "no window", "the planted twin lives at the mildest level"),
+        (curves(accuracy=0.7), "no window", "no level keeps 90% of the accuracy"),
+        (
+            replace(curves(), rhat=np.array([1.0, 1.5, 1.0, 1.0])),
+            "not equilibrated",
+            "disagree in the effect at excess loss 0.005",
+        ),
+    ],
+)
+def test_every_way_to_fail_has_its_word_and_its_reason(found, word, reason):
+    verdict = naturalness(found)
+    assert verdict.word == word
+    assert any(reason in sentence for sentence in verdict.reasons), verdict
+
+
+def test_noise_that_a_test_of_no_difference_would_pass_is_not_held():
+    # Chains scatter so widely that neither F~ = 1 nor no disturbance can be excluded: evidence of nothing.
+    noise = curves(effect=0.8, spread=1.5)
+    verdict = naturalness(replace(curves(), effect=noise.effect, disturbance=noise.disturbance))
+    assert verdict.word == "not held"
+
+
+def test_levels_at_which_the_network_has_failed_are_not_judged():
+    verdict = naturalness(curves(effect=[0.97, 0.97, 0.2, 0.2], accuracy=[0.97, 0.95, 0.6, 0.95]))
+    assert (verdict.word, verdict.num_levels) == ("held", 2)
+
+
+def test_a_candidate_at_the_threshold_is_called_held_less_often_than_the_error_rate():
+    # F~ of exactly 0.8 at every level: the twin and the disturbance leave no doubt. Holm's family has 12 hypotheses.
+    on_edge = 0.05 + 0.8 * (0.97 - 0.05)
+    held = sum(naturalness(curves(seed, effect=on_edge)).word == "held" for seed in range(200))
+    # Held needs all four levels: far rarer than 5 % of 200, for which 4 standard deviations are 12.
+    assert held <= 10 + 12
+
+
+def test_scaled_effect_is_1_for_a_circuit_as_good_as_the_network_and_0_for_random_maps():
+    found = curves(effect=0.97, twin=0.05, spread=0.0)
+    np.testing.assert_allclose(found.scaled, 1.0, atol=0.01)
+    np.testing.assert_allclose(found.scaled_twin, 0.0, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"twin": np.ones((4, 3))}, r"twin has shape \(4, 3\), but there are 4 levels and effect has \(4, 16\)"),
+        ({"excess_loss": np.array([0.1, 0.2, 0.2, 0.3])}, "excess_loss must rise"),
+        (
+            {name: np.ones((4, 3)) for name in ("effect", "twin", "random", "disturbance", "swap_disturbance", "accuracy")},
+            "needs 4",
+        ),
+    ],
+)
+def test_curves_that_do_not_fit_are_refused(changes, message):
+    with pytest.raises(InputError, match=message):
+        naturalness(replace(curves(), **changes))
+
+
+def test_effect_of_the_handcrafted_circuit_is_whole_and_undisturbed_and_of_a_wrong_one_neither(key):
+    params, matched = handcrafted_params(), draw_scrubbing(key, 2000)
+    examples = draw_counterfactuals(key, 2000), matched._replace(sources=matched.sources[:, :2])
+    masks = block_masks((8, 8), 16)
+    right, wrong = (
+        EffectProbe(NETWORK, "layer1", Alignment(jnp.eye(16), m), *examples)(key, params) for m in (masks, masks[::-1])
+    )
+    assert float(right["effect"]) == float(right["accuracy"]) == 1.0
+    assert float(right["disturbance"]) == 0.0
+    assert float(right["swap_disturbance"]) > 1.0
+    # Sources of the other variable's value are a coin for it.
+    assert abs(float(wrong["effect"]) - 0.5) < 4 * np.sqrt(0.25 / 1000)
+    assert float(wrong["disturbance"]) > 1.0
