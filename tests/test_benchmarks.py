@@ -252,3 +252,15 @@ def test_curvature_scale_measures_spectra_and_a_network(tmp_path):
     np.testing.assert_allclose(blocks["values"], whole["values"], rtol=1e-3)
     np.testing.assert_allclose(lobpcg["values"], whole["values"][:2], rtol=1e-3)
     assert "LOBPCG" in done.stdout
+
+
+@pytest.mark.slow
+def test_probe_speed_measures_each_thing_both_ways(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "probe_speed.py"), "smoke", "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    results = read_run(tmp_path / "run").results
+    assert set(results) == {"training", "alignment", "interchange"}
+    for row in results.values():
+        for way in {"together", "loop"} & set(row):
+            assert row[way]["first_seconds"] > row[way]["seconds"] > 0
