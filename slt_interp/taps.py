@@ -6,13 +6,13 @@ work under `jit`, `vmap` and `grad`.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import jax
-from jax.tree_util import Partial
 from jaxtyping import Array, Float, Key
 
-from slt_interp.tree import Params
+from slt_interp.tree import Params, register_dataclass
 
 Tap = Callable[[str, Array], Array]
 
@@ -43,13 +43,18 @@ def no_tap(site: str, activation: Array) -> Array:
     return activation
 
 
-def _no_damage(key: Key[Array, ""]) -> Tap:
-    del key
-    return no_tap
+@partial(register_dataclass, data_fields=[], meta_fields=[])
+@dataclass(frozen=True)
+class NoDamage:
+    """The damage that leaves every activation as it is, for any key."""
+
+    def __call__(self, key: Key[Array, ""]) -> Tap:
+        """Make `no_tap`."""
+        del key
+        return no_tap
 
 
-NO_DAMAGE: Damage = Partial(_no_damage)
-"""Leaves every activation as it is, for any key."""
+NO_DAMAGE: Damage = NoDamage()
 
 
 def compose(first: Tap, second: Tap) -> Tap:

@@ -16,20 +16,20 @@ from slt_interp.tree import Params
 _Array = np.ndarray
 
 
-def canonicalize(params: Params, reference: Params, *, is_homogeneous: bool = True) -> Params:
+def canonicalize(params: Params, reference: Params, *, is_homogeneous: bool) -> Params:
     """Move a multilayer perceptron along its symmetries towards a reference, without changing its function.
 
-    Layer by layer, from the inputs: each unit is scaled to the size of the reference's unit that it stands for, and units are
-    permuted so that their incoming weights and biases match the reference's best, as directions if scales are free. Networks
-    that differ by symmetries only end at distance 0.
+    Units of each hidden layer are permuted so that incoming and outgoing weights match the reference's best, layer after layer
+    until nothing changes; where scales are free they are taken out before, and set to the reference's after. Networks that
+    differ by symmetries only, and have no two units alike, end at distance 0.
 
     Args:
         params: {"layers": {i: {"kernel": (in, out), "bias": (out,)}}}, as `MLP.init` makes them, without leading axes.
         reference: weights of the same shapes.
-        is_homogeneous: whether units may be scaled: for ReLU, not for tanh.
+        is_homogeneous: whether units may be scaled: True for ReLU only, or the function changes.
 
     Returns:
-        New weights, numpy arrays of the same structure.
+        New weights of the same structure and precision, numpy arrays.
 
     Raises:
         InputError: if the weights are of another structure, or shapes differ.
@@ -37,7 +37,7 @@ def canonicalize(params: Params, reference: Params, *, is_homogeneous: bool = Tr
     >>> layers = lambda a, b: {"layers": {0: {"kernel": a, "bias": np.zeros(2)}, 1: {"kernel": b, "bias": np.zeros(1)}}}
     >>> reference = layers(np.eye(2), np.ones((2, 1)))
     >>> swapped = layers(np.array([[0.0, 4.0], [2.0, 0.0]]), np.array([[0.5], [0.25]]))
-    >>> canonicalize(swapped, reference)["layers"][0]["kernel"].tolist()
+    >>> canonicalize(swapped, reference, is_homogeneous=True)["layers"][0]["kernel"].tolist()
     [[1.0, 0.0], [0.0, 1.0]]
     """
     layers, wanted = _layers(params), _layers(reference)
@@ -46,30 +46,69 @@ def canonicalize(params: Params, reference: Params, *, is_homogeneous: bool = Tr
             f"params has kernels of shapes {[k.shape for k, _ in layers]} and the reference {[k.shape for k, _ in wanted]}: "
             "give weights of one network"
         )
+    orders = _orders(_unscaled(layers), _unscaled(wanted)) if is_homogeneous else _orders(layers, wanted)
+    layers = [
+        (kernel[before][:, after], bias[after])
+        for (kernel, bias), before, after in zip(layers, orders[:-1], orders[1:], strict=True)
+    ]
+    if is_homogeneous:
+        for i in range(len(layers) - 1):
+            own, target = _sizes(layers[i]), _sizes(wanted[i])
+            layers = _scaled(layers, i, np.where((own > 0) & (target > 0), target / np.where(own > 0, own, 1.0), 1.0))
+    names = sorted(params["layers"])  # pyright: ignore[reportIndexIssue]
+    dtype = np.asarray(params["layers"][names[0]]["kernel"]).dtype  # pyright: ignore[reportIndexIssue]
+    return {
+        "layers": {
+            name: {"kernel": kernel.astype(dtype), "bias": bias.astype(dtype)}
+            for name, (kernel, bias) in zip(names, layers, strict=True)
+        }
+    }
+
+
+_Layers = list[tuple[_Array, _Array]]
+
+
+def _unscaled(layers: _Layers) -> _Layers:
+    """Give each hidden unit incoming weights and bias of length 1; one without any has no length to give."""
     for i in range(len(layers) - 1):
-        (kernel, bias), (following, last) = layers[i], layers[i + 1]
-        own, other = (np.concatenate([k, b[None]]) for k, b in ((kernel, bias), wanted[i]))
-        order = _match(own, other, is_homogeneous=is_homogeneous)
-        kernel, bias, following, own = kernel[:, order], bias[order], following[order], own[:, order]
-        if is_homogeneous:
-            sizes, target = np.linalg.norm(own, axis=0), np.linalg.norm(other, axis=0)
-            # A unit without incoming weights has no size to set.
-            factor = np.where((sizes > 0) & (target > 0), target / np.where(sizes > 0, sizes, 1.0), 1.0)
-            kernel, bias, following = kernel * factor, bias * factor, following / factor[:, None]
-        layers[i], layers[i + 1] = (kernel, bias), (following, last)
-    return {"layers": {i: {"kernel": kernel, "bias": bias} for i, (kernel, bias) in enumerate(layers)}}
+        size = _sizes(layers[i])
+        layers = _scaled(layers, i, 1 / np.where(size > 0, size, 1.0))
+    return layers
 
 
-def _match(own: Float[_Array, "in unit"], other: Float[_Array, "in unit"], *, is_homogeneous: bool) -> Float[_Array, " unit"]:
+def _sizes(layer: tuple[_Array, _Array]) -> Float[_Array, " unit"]:
+    kernel, bias = layer
+    return np.sqrt(np.sum(kernel**2, axis=0) + bias**2)
+
+
+def _scaled(layers: _Layers, i: int, factor: Float[_Array, " unit"]) -> _Layers:
+    (kernel, bias), (following, last) = layers[i], layers[i + 1]
+    return [*layers[:i], (kernel * factor, bias * factor), (following / factor[:, None], last), *layers[i + 2 :]]
+
+
+def _orders(own: _Layers, other: _Layers) -> list[_Array]:
+    """Find for every layer, inputs and outputs included, which own unit stands at each place."""
     from scipy.optimize import linear_sum_assignment
 
-    if is_homogeneous:
-        own, other = (x / np.maximum(np.linalg.norm(x, axis=0), 1e-300) for x in (own, other))
-    distance = np.sum(other**2, axis=0)[:, None] + np.sum(own**2, axis=0) - 2 * other.T @ own
-    return linear_sum_assignment(distance)[1]
+    orders = [np.arange(len(own[0][0])), *(np.arange(len(bias)) for _, bias in own)]
+    for sweep in range(_MAX_SWEEPS):
+        moved = False
+        for i in range(len(own) - 1):
+            (kernel, bias), (following, _) = own[i], own[i + 1]
+            (target, target_bias), (target_following, _) = other[i], other[i + 1]
+            likeness = target.T @ kernel[orders[i]] + np.outer(target_bias, bias)
+            if sweep:
+                # What follows is in order only after the first sweep.
+                likeness = likeness + target_following @ following[:, orders[i + 2]].T
+            order = linear_sum_assignment(-likeness)[1]
+            moved |= not np.array_equal(order, orders[i + 1])
+            orders[i + 1] = order
+        if sweep and not moved:
+            break
+    return orders
 
 
-def _layers(params: Params) -> list[tuple[_Array, _Array]]:
+def _layers(params: Params) -> _Layers:
     try:
         parts = [params["layers"][i] for i in sorted(params["layers"])]  # pyright: ignore[reportIndexIssue]
         return [(np.asarray(part["kernel"], np.float64), np.asarray(part["bias"], np.float64)) for part in parts]
@@ -77,3 +116,6 @@ def _layers(params: Params) -> list[tuple[_Array, _Array]]:
         raise InputError(
             "canonicalize knows multilayer perceptrons only, as MLP.init makes them: {'layers': {i: {'kernel', 'bias'}}}"
         ) from error
+
+
+_MAX_SWEEPS = 100

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int, Key, PyTree
 
 from slt_interp.degradation.dials import Degraded
@@ -30,6 +31,9 @@ def magnitude(params: Params) -> Params:
 
 def fisher_saliency(loss_fn: LossFn, data: PyTree[Array]) -> Saliency:
     """Make the saliency w^2 F / 2, F the mean square of each example's gradient: about what the loss gains when w is set to 0.
+
+    That holds where `loss_fn` is the negative log-likelihood of labels that were observed (F is the empirical Fisher). Of the
+    KL to the network's own outputs every example's gradient is 0 at its weights, and so is this.
 
     References:
         LeCun, Denker and Solla (1989), Optimal brain damage.
@@ -67,13 +71,17 @@ class Pruning:
         del key, num_chains, num_draws
         _check_share(level)
         saliency = self.saliency(params)
-        matrices = [s.ravel() for s in jax.tree.leaves(saliency) if s.ndim >= 2]
-        if not matrices:
+        leaves, structure = jax.tree.flatten(params)
+        which = [i for i, w in enumerate(leaves) if w.ndim >= 2]
+        if not which:
             raise InputError("params has no matrices to prune: give arrays of two or more axes")
-        ranked = jnp.sort(jnp.concatenate(matrices))
-        count = int(level * len(ranked))
-        limit = ranked[count - 1] if count else -jnp.inf
-        return _single(jax.tree.map(lambda w, s: jnp.where(s > limit, w, 0.0) if s.ndim >= 2 else w, params, saliency))
+        ranked = jnp.concatenate([jax.tree.leaves(saliency)[i].ravel() for i in which])
+        # By rank: of equally salient weights no more go than asked for.
+        places = jnp.argsort(jnp.argsort(ranked))
+        kept = jnp.split(places >= round(level * len(ranked)), np.cumsum([leaves[i].size for i in which])[:-1])
+        for i, mask in zip(which, kept, strict=True):
+            leaves[i] = jnp.where(mask.reshape(leaves[i].shape), leaves[i], 0.0)
+        return _single(jax.tree.unflatten(structure, leaves))
 
 
 @dataclass(frozen=True)

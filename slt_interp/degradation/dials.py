@@ -21,7 +21,7 @@ from slt_interp.posterior import LocalPosterior, LossFn
 from slt_interp.samplers.chains import chain_mesh, sample
 from slt_interp.samplers.draws import keep_params
 from slt_interp.samplers.sgld import SGLD
-from slt_interp.taps import NO_DAMAGE, Damage, Tap, compose
+from slt_interp.taps import NO_DAMAGE, Damage, NoDamage, Tap, compose
 from slt_interp.tree import Params, register_dataclass
 
 
@@ -126,7 +126,7 @@ class Composed:
 
     def draw(self, key: Key[Array, ""], params: Params, level: float, *, num_chains: int, num_draws: int) -> Degraded:
         """Degrade twice."""
-        first_key, second_key = jax.random.split(key)
+        first_key, second_key, damage_key = jax.random.split(key, 3)
         first = self.first.draw(first_key, params, self.first_level, num_chains=num_chains, num_draws=num_draws)
         counts = jax.tree.leaves(first.params)[0].shape[:2]
 
@@ -135,8 +135,10 @@ class Composed:
 
         drawn = jax.vmap(jax.vmap(one))(jax.random.split(second_key, counts), first.params)
         # Damage of activations knows nothing of weights.
-        second = self.second.draw(second_key, params, level, num_chains=1, num_draws=1).damage
-        return Degraded(drawn, _Both(first.damage, second), first.estimate)
+        second = self.second.draw(damage_key, params, level, num_chains=1, num_draws=1).damage
+        real = [damage for damage in (first.damage, second) if not isinstance(damage, NoDamage)]
+        damage = _Both(*real) if len(real) == 2 else (*real, NO_DAMAGE)[0]
+        return Degraded(drawn, damage, first.estimate)
 
 
 @partial(register_dataclass, data_fields=["first", "second"], meta_fields=[])

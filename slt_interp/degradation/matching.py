@@ -14,7 +14,7 @@ from slt_interp.degradation.dials import Degraded, Dial
 from slt_interp.errors import InputError
 from slt_interp.posterior import LossFn
 from slt_interp.probes.draws import Probe, over_draws
-from slt_interp.taps import NO_DAMAGE, Damage, Network, Tapped
+from slt_interp.taps import NO_DAMAGE, Damage, Network, NoDamage, Tapped
 from slt_interp.tree import Params, register_dataclass
 
 
@@ -93,12 +93,13 @@ def match(
 ) -> Matched:
     """Find the level at which a dial raises the loss by `excess_loss` on average.
 
-    The dial is read with the same random numbers at every level, which makes the mean loss a continuous function; its
-    crossing is found by Brent's method in the logarithm of the level, to 1 % of the excess loss or better.
+    The dial is read with the same random numbers at every level, which makes the mean loss a continuous function of most
+    dials; its crossing is found by Brent's method in the logarithm of the level, to 1 % of the excess loss or better. Dials
+    that move in steps (pruning, rank, checkpoints, coarse grids) end at a step: `excess_loss` of the result says where.
 
     Args:
         key: for the dial.
-        dial: cheap to read, and continuous in its level for a fixed key.
+        dial: cheap to read; for a fixed key the loss should rise with its level, or fall.
         params: the weights that are degraded.
         probe: measures the loss; for dials that damage activations a `BehaviorProbe`.
         excess_loss: nats per example, positive.
@@ -136,7 +137,9 @@ def match(
         )
     level = root_scalar(gap, bracket=(low, high), method="brentq", xtol=1e-3).root
     degraded, per_chain = measure(level)
-    error = per_chain.std(ddof=1) / np.sqrt(num_chains) if num_chains > 1 else float("nan")
+    # Dials without randomness have one network, and of others chains may have been lost.
+    count = len(per_chain)
+    error = per_chain.std(ddof=1) / np.sqrt(count) if count > 1 else float("nan")
     return Matched(float(np.exp(level)), degraded, float(per_chain.mean()), float(error))
 
 
@@ -146,7 +149,7 @@ def with_damage(probe: Probe, degraded: Degraded) -> Probe:
     Raises:
         InputError: if they are damaged and the probe has no field for it.
     """
-    if degraded.damage is NO_DAMAGE:
+    if isinstance(degraded.damage, NoDamage):
         return probe
     if not hasattr(probe, "damage"):
         raise InputError(

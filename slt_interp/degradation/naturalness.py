@@ -46,20 +46,19 @@ class Survival:
     ceiling: float
 
     @property
-    def scaled(self) -> Float[_Array, "level chain"]:
+    def scaled(self) -> Float[_Array, " level"]:
         """F~ of the candidate: (F - F_random) / (accuracy - F_random), 1 for a circuit that is all there."""
-        return self._scaled(self.effect)
+        return (self.effect - self.random).mean(axis=1) / self.room.mean(axis=1)
 
     @property
-    def scaled_twin(self) -> Float[_Array, "level chain"]:
+    def scaled_twin(self) -> Float[_Array, " level"]:
         """F~ of the twin."""
-        return self._scaled(self.twin)
+        return (self.twin - self.random).mean(axis=1) / self.room.mean(axis=1)
 
-    def _scaled(self, effect: Float[_Array, "level chain"]) -> Float[_Array, "level chain"]:
-        # The scale is one number for a level: a ratio of noisy numbers of single chains has no mean.
-        chance = self.random.mean(axis=1, keepdims=True)
-        room = self.accuracy.mean(axis=1, keepdims=True) - chance
-        return (effect - chance) / np.where(room > 0, room, np.nan)
+    @property
+    def room(self) -> Float[_Array, "level chain"]:
+        """What an effect can be above that of random maps."""
+        return self.accuracy - self.random
 
 
 @dataclass(frozen=True)
@@ -82,6 +81,8 @@ class Verdict:
 
 def naturalness(found: Survival, *, confidence: float = 0.95) -> Verdict:
     """Judge whether the loss holds a candidate.
+
+    "Held" is a claim at the given confidence; "not held" says that it cannot be made, with what was seen instead.
 
     Levels count where the accuracy is at least 0.9 of the ceiling. There must be some ("no window"), the probe must agree
     between chains, with an R-hat of at most 1.1 ("not equilibrated"), and the twin must be dead at the mildest of them, F~
@@ -106,7 +107,9 @@ def naturalness(found: Survival, *, confidence: float = 0.95) -> Verdict:
     if not good.any():
         return Verdict(NO_WINDOW, (f"no level keeps {_ACCURACY:.0%} of the accuracy of the weights: take milder levels",), 0)
     count = int(good.sum())
-    apart = np.flatnonzero(~(found.rhat[:count] <= _RHAT))
+    # An effect that does not vary at all has no R-hat.
+    varies = np.ptp(found.effect[:count], axis=1) > 0
+    apart = np.flatnonzero(varies & ~(found.rhat[:count] <= _RHAT))
     if len(apart):
         return Verdict(
             NOT_EQUILIBRATED,
@@ -116,24 +119,35 @@ def naturalness(found: Survival, *, confidence: float = 0.95) -> Verdict:
             ),
             count,
         )
-    twin = float(found.scaled_twin[0].mean())
+    chance = float(found.random[:count].mean() / found.accuracy[:count].mean())
+    if not chance < _DEAD:
+        return Verdict(NO_WINDOW, (f"random maps have {chance:.0%} of what a circuit could: take fewer directions",), count)
+    twin = float(found.scaled_twin[0])
     if not twin < _DEAD:
         reason = f"the planted twin lives at the mildest level (F~ {twin:.2f}): lower the localization, or nbeta"
         return Verdict(NO_WINDOW, (reason,), count)
     reasons, values = [], []
     for level in range(count):
-        for name, series, limit in (
-            ("its effect F~ is not above", found.scaled[level], _ALIVE),
-            ("it is not above its twin by", found.scaled[level] - found.scaled_twin[level], _ABOVE),
+        where, room = f"at excess loss {found.excess_loss[level]:.3g}", found.room[level]
+        ratio = found.disturbance[level].mean() / found.swap_disturbance[level].mean()
+        ahead = found.scaled[level] - found.scaled_twin[level]
+        # Ratios are tested as differences: those of noisy numbers of single chains have no mean.
+        for excess, reason in (
             (
-                "its disturbance is not below that part of its swap disturbance,",
+                found.effect[level] - found.random[level] - _ALIVE * room,
+                f"its effect F~ is {found.scaled[level]:.2f}, not shown to be above {_ALIVE:g}",
+            ),
+            (
+                found.effect[level] - found.twin[level] - _ABOVE * room,
+                f"it is ahead of its twin by {ahead:.2f}, not shown to be above {_ABOVE:g}",
+            ),
+            (
                 _DISTURBED * found.swap_disturbance[level] - found.disturbance[level],
-                0.0,
+                f"its disturbance is {ratio:.2f} of its swap disturbance, not shown to be below {_DISTURBED:g}",
             ),
         ):
-            values.append(_p_value(series - limit))
-            shown = _DISTURBED if limit == 0.0 else limit
-            reasons.append(f"at excess loss {found.excess_loss[level]:.3g} {name} {shown:g}")
+            values.append(_p_value(excess))
+            reasons.append(f"{where} {reason}")
     failed = ~_holm(np.array(values), 1 - confidence)
     why = [reason for reason, is_open in zip(reasons, failed, strict=True) if is_open]
     if not found.dormancy < _DORMANT:
@@ -168,6 +182,11 @@ def _check(found: Survival) -> None:
             raise InputError(
                 f"{name} has shape {given}, but there are {len(found.excess_loss)} levels and effect has {shape}: give one "
                 "number for each level and chain"
+            )
+        if not np.isfinite(getattr(found, name)).all():
+            level, chain = np.argwhere(~np.isfinite(getattr(found, name)))[0]
+            raise InputError(
+                f"{name} is not finite at level {level} of chain {chain}: leave that chain out, or look at the probe"
             )
     if np.shape(found.rhat) != shape[:1] or not np.all(np.diff(found.excess_loss) > 0):
         raise InputError("excess_loss must rise, and rhat must have one number for each level")

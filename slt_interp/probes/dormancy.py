@@ -4,6 +4,7 @@ References:
     Makelov, Lange and Nanda (2023), Is this the subspace you are looking for?, arXiv:2311.17030.
 """
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -13,7 +14,8 @@ from slt_interp.taps import Network, record, replace
 from slt_interp.tree import Params
 
 DORMANT = 1e-3
-"""Units whose variance over the inputs is below this part of the site's mean count as dormant."""
+"""Units whose own value, put in from another example, moves the logits by less than this part of what units do on average (in
+squares) count as dormant. Rescaling a unit, and what reads it, does not change that."""
 
 
 def dormancy_share(
@@ -22,7 +24,7 @@ def dormancy_share(
     """Compute the share of a patch's effect that enters through dormant units: 0 for a path in use, 1 for a planted one.
 
     The patch is made at the dormant units only, and at the others only; of each the root mean square change of the logits,
-    centered over classes, is taken. The share is the first over the sum of both, 0 where neither changes anything.
+    centered over classes, is taken. The share is the first over the sum of both, NaN where neither changes anything.
 
     Args:
         network: anything with `apply(params, inputs, tap)` and `sites`; the activation at the site is (example, width).
@@ -38,13 +40,13 @@ def dormancy_share(
     logits, activations = record(network, params, examples.base)
     activation = activations[site]
     patched = patch(activation)
-    variance = activation.var(axis=0)
-    is_dormant = variance < DORMANT * variance.mean()
 
-    def change(units: Float[Array, " width"]) -> Float[Array, ""]:
-        put_in = jnp.where(units, patched, activation)
+    def change(put_in: Float[Array, "example width"]) -> Float[Array, ""]:
         moved = network.apply(params, examples.base, replace(site, lambda _: put_in)) - logits
         return jnp.sqrt(jnp.mean((moved - moved.mean(axis=-1, keepdims=True)) ** 2))
 
-    through, beside = change(is_dormant), change(~is_dormant)
-    return through / jnp.where(through + beside > 0, through + beside, 1.0)
+    others, width = jnp.roll(activation, 1, axis=0), activation.shape[1]
+    influence = jax.lax.map(lambda unit: change(jnp.where(unit, others, activation)), jnp.eye(width, dtype=bool)) ** 2
+    is_dormant = influence < DORMANT * influence.mean()
+    through, beside = (change(jnp.where(units, patched, activation)) for units in (is_dormant, ~is_dormant))
+    return through / (through + beside)

@@ -32,7 +32,7 @@ class EffectProbe:
     `effect` is the share of answers that are the counterfactual ones, among examples where these differ from the base's.
     `disturbance` is the cross-entropy to the base's labels with matched sources less that without, nats; `swap_disturbance` the
     same with the swapped sources that should change the answer. A circuit has an effect near 1 and a small disturbance in units
-    of its swap disturbance.
+    of its swap disturbance. Both are NaN if no counterfactual label differs.
     """
 
     network: Network
@@ -56,7 +56,7 @@ class EffectProbe:
 
         plain, patched = answers(self.swapped)
         differs = self.swapped.labels != self.swapped.base_labels
-        count = jnp.maximum(differs.sum(), 1)
+        count = differs.sum()
         return {
             "effect": jnp.sum(differs & (patched.argmax(axis=-1) == self.swapped.labels)) / count,
             "swap_disturbance": jnp.sum(differs * rise(plain, patched, self.swapped)) / count,

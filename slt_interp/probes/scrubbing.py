@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Key
 
@@ -117,6 +118,7 @@ def coverage(
 ) -> Coverage:
     """Tell for how much of the activation's variance over `inputs` the hypothesis speaks; the three shares sum to 1."""
     check_site(network, site)
+    _check_overlap(hypothesis)
     activation = record(network, params, inputs)[1][site]
     rotated = (activation - activation.mean(axis=0)) @ hypothesis.alignment.rotation
     variance = jnp.mean(rotated**2, axis=0)
@@ -154,6 +156,11 @@ class ScrubbingProbe:
     examples: Counterfactuals
     damage: Damage = NO_DAMAGE
 
+    def __post_init__(self):
+        """Look at the masks while they are numbers: within a compiled program they are not."""
+        if isinstance(self.hypothesis, Hypothesis):
+            _check_overlap(self.hypothesis)
+
     def __call__(self, key: Key[Array, ""], params: Params) -> dict[str, Float[Array, ""]]:
         """Measure at one weight vector."""
         network, other = damaged_runs(self.network, self.damage, key)
@@ -166,11 +173,16 @@ class ScrubbingProbe:
 
 def _as_alignment(hypothesis: Hypothesis) -> Alignment:
     """Treat what is irrelevant as one more variable."""
+    _check_overlap(hypothesis)
     alignment, irrelevant = hypothesis
-    masks = jnp.concatenate([alignment.masks, irrelevant[None]])
-    if not isinstance(masks, Tracer) and masks.sum(axis=0).max() > 1:
+    return Alignment(alignment.rotation, jnp.concatenate([alignment.masks, irrelevant[None]]))
+
+
+def _check_overlap(hypothesis: Hypothesis) -> None:
+    masks, irrelevant = hypothesis.alignment.masks, hypothesis.irrelevant
+    are_numbers = all(isinstance(x, jax.Array | np.ndarray) and not isinstance(x, Tracer) for x in (masks, irrelevant))
+    if are_numbers and (masks.sum(axis=0) + irrelevant).max() > 1:
         raise InputError("a direction is claimed twice: masks of variables and of what is irrelevant must not overlap")
-    return Alignment(alignment.rotation, masks)
 
 
 _SAME_COVERAGE = 0.02

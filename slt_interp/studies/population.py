@@ -74,7 +74,16 @@ def measure_population(
                 )
                 base, thresholds = Gaussian(params, LOCALIZATION**-0.5), np.array([THRESHOLD])
                 volume = subset_simulation(
-                    volume_key, loss_fn, params, data, thresholds, base=base, num_particles=200, max_rounds=2, progress=False
+                    volume_key,
+                    loss_fn,
+                    params,
+                    data,
+                    thresholds,
+                    base=base,
+                    num_particles=100,
+                    num_seeds=3,
+                    max_rounds=1,
+                    progress=False,
                 )
                 train_loss, test_loss = (mean_loss(loss_fn, params, examples)[0] for examples in (data, test))
                 found.append(

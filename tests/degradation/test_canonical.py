@@ -4,8 +4,11 @@ import numpy as np
 import pytest
 
 from slt_interp.degradation.canonical import canonicalize
+from slt_interp.degradation.planted import plant
 from slt_interp.errors import InputError
 from slt_interp.models.mlp import MLP
+from slt_interp.probes.interchange import Alignment, block_masks
+from tests.probes.handcrafted import NETWORK, handcrafted_params
 
 RELU, TANH = MLP((5, 7, 6, 3)), MLP((5, 7, 6, 3), jnp.tanh)
 
@@ -47,7 +50,7 @@ def test_networks_that_differ_by_symmetries_end_at_distance_0(key, network, is_h
 def test_canonical_weights_compute_the_same_function(key):
     reference, other = weights(RELU, key), weights(RELU, jax.random.key(9))
     inputs = jax.random.normal(key, (50, 5))
-    found = jax.tree.map(jnp.float32, canonicalize(other, reference))
+    found = jax.tree.map(jnp.float32, canonicalize(other, reference, is_homogeneous=True))
     np.testing.assert_allclose(RELU.apply(found, inputs), RELU.apply(other, inputs), atol=1e-5)
     for i in range(2):
         np.testing.assert_allclose(*(sizes(p["layers"][i]) for p in (found, reference)), rtol=1e-5)
@@ -57,8 +60,18 @@ def test_dead_units_keep_their_weights(key):
     reference = weights(RELU, key)
     dead = jax.tree.map(np.array, reference)
     dead["layers"][0]["kernel"][:, 2], dead["layers"][0]["bias"][2] = 0.0, 0.0
-    found = canonicalize(dead, reference)
+    found = canonicalize(dead, reference, is_homogeneous=True)
     assert distance(found, dead) < 1e-5
+
+
+def test_units_of_equal_input_are_told_apart_by_what_reads_them(key):
+    # A planted twin copies its neurons' incoming weights, and has units that are constant alike.
+    planted = plant(NETWORK, handcrafted_params(sharpness=1.0), "layer1", Alignment(jnp.eye(16), block_masks((8, 8), 16)), 0)
+    noise = np.random.default_rng(0)
+    noisy = jax.tree.map(lambda x: np.asarray(x) + 1e-4 * noise.normal(size=x.shape), planted.params)
+    found = canonicalize(noisy, planted.params, is_homogeneous=True)
+    # Weights of order 10 are scaled by what noise does to the size of a unit.
+    assert distance(found, planted.params) < 0.02
 
 
 @pytest.mark.parametrize(
@@ -71,4 +84,4 @@ def test_dead_units_keep_their_weights(key):
 def test_other_weights_are_refused(key, params, message):
     params = params.init(key) if isinstance(params, MLP) else params
     with pytest.raises(InputError, match=message):
-        canonicalize(params, RELU.init(key))
+        canonicalize(params, RELU.init(key), is_homogeneous=True)

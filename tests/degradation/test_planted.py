@@ -67,9 +67,17 @@ def test_the_whole_effect_of_a_twin_enters_through_dormant_units_and_none_of_a_g
     assert shares == pytest.approx([0.0, 1.0], abs=1e-5)
 
 
+def test_rescaled_units_are_no_more_dormant_than_before(examples):
+    factor = np.where(np.arange(16) < 4, 0.01, 1.0)
+    scaled = jax.tree.map(np.array, PARAMS)
+    scaled["layers"][0]["kernel"] *= factor
+    scaled["layers"][1]["kernel"] /= factor[:, None]
+    assert float(dormancy_share(NETWORK, scaled, "layer1", TRUE, examples)) == pytest.approx(0.0, abs=1e-5)
+
+
 def test_a_patch_that_changes_nothing_has_no_dormant_share(examples):
     same = examples._replace(sources=jnp.repeat(examples.base[:, None], 2, axis=1))
-    assert float(dormancy_share(NETWORK, PARAMS, "layer1", TRUE, same)) == 0.0
+    assert np.isnan(dormancy_share(NETWORK, PARAMS, "layer1", TRUE, same))
 
 
 def test_unknown_variables_and_sites_are_named():

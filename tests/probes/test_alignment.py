@@ -70,14 +70,16 @@ def test_unknown_site_and_too_many_directions_are_errors(key):
 def test_refit_brings_a_turned_alignment_back_and_moves_no_direction_among_other_units(key):
     params, examples = handcrafted_params(sharpness=1.0), draw_counterfactuals(key, 2000)
     masks = block_masks((8, 8), 16)
-    turned = Alignment(cayley(0.5 * jax.random.normal(key, (16, 16))), masks)
+    turned = Alignment(cayley(0.15 * jax.random.normal(key, (16, 16))), masks)
 
     def iia(alignment):
         return float(InterchangeProbe(NETWORK, "layer1", alignment, examples)(key, params)["iia"])
 
-    assert iia(turned) < 0.8
     refit = refit_alignment(key, NETWORK, params, "layer1", turned, draw_counterfactuals)
-    assert iia(refit) > iia(turned) + 0.1
+    exact = iia(Alignment(jnp.eye(16), masks))
+    # Half of what turning cost is far more than 2,000 coins scatter by.
+    assert exact - iia(turned) > 16 * np.sqrt(0.25 / 2000)
+    assert exact - iia(refit) < (exact - iia(turned)) / 2
     np.testing.assert_allclose(refit.rotation @ refit.rotation.T, np.eye(16), atol=1e-5)
     units = jnp.arange(16) < 8
     confined = refit_alignment(key, NETWORK, params, "layer1", turned, draw_counterfactuals, units=units.astype(float))

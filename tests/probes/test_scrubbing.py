@@ -147,6 +147,8 @@ def test_probe_runs_over_draws_and_bad_hypotheses_are_named(key):
     examples = draw_scrubbing(key, 10)
     with pytest.raises(InputError, match="a direction is claimed twice"):
         scrub(NETWORK, PARAMS, "layer1", hypothesis(block_masks((8, 8), 16), jnp.ones(16)), examples)
+    with pytest.raises(InputError, match="a direction is claimed twice"):
+        ScrubbingProbe(NETWORK, "layer1", hypothesis(block_masks((8, 8), 16), jnp.ones(16)), examples)
     few = Counterfactuals(examples.base, examples.sources[:, :2], examples.labels, examples.base_labels)
     with pytest.raises(InputError, match="the examples have 2 variables"):
         scrub(NETWORK, PARAMS, "layer1", TRUE, few)
