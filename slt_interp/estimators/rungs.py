@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from slt_interp.data import Batch, FullBatch
 from slt_interp.errors import InputError
@@ -178,6 +178,10 @@ _SCATTER = 1.4
 """Standard deviations of nbeta L between neighbors: a third of the swaps succeed."""
 
 _BASE_DRAWS, _FIRST_ESS = 1024, 0.3
+
+_UNSETTLED = 20.0
+"""Both families together scatter at most by this factor more (in squares) than the lesser one, or one has not settled."""
+
 _PILOT_WARMUP = 100
 _NUM_TRIALS = 3
 REJECTED = 0.11
@@ -255,26 +259,51 @@ def _pilot(
         collect=jax.tree_util.Partial(_pilot_readings if is_large else _pilot_gradients, rungs),
         checkpoint=checkpoint,
     )
-    loss = joined(runs, lambda draws: draws.collected.readings.loss).astype(np.float64)
-    steps = jnp.exp(joined(runs, lambda draws: jnp.log(draws.state.rungs.step_size)).mean(axis=0))
+    members = _settled([np.asarray(run.collected.readings.loss)[run.is_finite] for run in runs])
+
+    def by_rung(select: Callable[[Draws], Any], axis: int) -> Any:
+        """Take arrays (rung, chain, ...) of the chains that have settled there; `axis` is that of the rungs."""
+
+        def take(x: np.ndarray) -> np.ndarray:
+            return np.stack([np.take(x[chains], r, axis=axis) for r, chains in enumerate(members)])
+
+        return jax.tree.map(lambda x: take(np.asarray(x)), joined(runs, select))
+
+    steps = jnp.exp(jnp.log(by_rung(lambda draws: draws.state.rungs.step_size, 1)).mean(axis=1))
     if is_large:
-        squares = jax.tree.map(
-            lambda x: jnp.asarray(x.mean(axis=0)), joined(runs, lambda draws: draws.state.rungs.adaptation.squares)
-        )
+        squares = by_rung(lambda draws: draws.state.rungs.adaptation.squares, 1)
+        squares = jax.tree.map(lambda x: jnp.asarray(x.mean(axis=1)), squares)
         scale, allowed = jax.vmap(partial(learned_scale, target, center))(squares), 1.0
     else:
-        gradients = jax.tree.map(
-            lambda x: jnp.moveaxis(jnp.asarray(x), 2, 0).reshape(x.shape[2], -1, *x.shape[3:]),
-            joined(runs, lambda draws: draws.collected.gradient),
-        )
+        gradients = by_rung(lambda draws: draws.collected.gradient, 2)
+        gradients = jax.tree.map(lambda x: jnp.asarray(x.reshape(len(x), -1, *x.shape[3:])), gradients)
         squares = jax.tree.map(lambda x: jnp.mean(x**2, axis=1), gradients)
         scale, allowed = jax.lax.map(lambda x: learned_metric(target, center, *x), (squares, gradients))
         if not jnp.any(jax.vmap(needs_directions)(scale)):
             scale, allowed = scale.scale, 1.0
+    loss = by_rung(lambda draws: draws.collected.readings.loss, 2)[1:].astype(np.float64)
     # Of the base itself the loss may be infinite.
-    mean, variance = (np.concatenate([[np.nan], x]) for x in (loss[..., 1:].mean(axis=(0, 1)), loss[..., 1:].var(axis=(0, 1))))
+    mean, variance = (np.concatenate([[np.nan], f(loss, axis=(1, 2))]) for f in (np.mean, np.var))
     spent = float(np.mean([draws.num_gradients.mean() for draws in runs]))
     return _Pilot(nbetas, scale, jnp.minimum(1.0, steps * allowed), mean, variance), spent
+
+
+def _settled(losses: list[Float[np.ndarray, "chain draw rung"]]) -> Int[np.ndarray, "rung chain"]:
+    """Tell which chains to learn from at each rung: all, or twice over those of one family where the other is on its way.
+
+    Chains that start at draws of the base may be far above where they belong when a pilot ends. What they scatter would put a
+    hundred times too many rungs there, and their gradients would make its metric as much too narrow. The family that scatters
+    less is then the settled one; if it is not, as at a transition, trials find neighbors that do not swap.
+    """
+    first, count = len(losses[0]), sum(map(len, losses))
+    members = [np.arange(count), np.resize(np.arange(first), count), np.resize(np.arange(first, count), count)]
+    chosen = [0]
+    for rung in range(1, losses[0].shape[-1]):
+        here = [x[..., rung].astype(np.float64) for x in losses]
+        apart = [x.var() for x in here]
+        is_unsettled = np.concatenate(here).var() > _UNSETTLED * min(apart)
+        chosen.append(1 + int(np.argmin(apart)) if is_unsettled else 0)
+    return np.stack([members[i] for i in chosen])
 
 
 def _pilot_readings(target: LocalPosterior, state: ExchangeState, info: Info) -> _PilotReadings:

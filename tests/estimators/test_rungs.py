@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from slt_interp import Gaussian, LocalPosterior
+from slt_interp import Gaussian, LocalPosterior, analytic, temper
 from slt_interp.errors import InputError
 from slt_interp.estimators import rungs
 from slt_interp.estimators.rungs import Families, place_rungs
@@ -141,3 +141,22 @@ def test_a_ladder_leaves_of_the_budget_what_its_draws_need(key):
         assert kernel is None or spent + _gradients(3, 3 * rungs.BURNIN_PER_RUNG + rungs.MIN_DRAWS) <= budget
     assert found[0] is False
     assert found[-1] is True
+
+
+def test_pilot_learns_from_the_family_that_has_settled_where_the_other_is_on_its_way():
+    rng = np.random.default_rng(0)
+    near, far = rng.gamma(3.0, size=(2, 4, 50, 3)) * np.array([1.0, 0.3, 0.1])
+    far[..., 2] = 1e3 * rng.random((4, 1)) + far[..., 2]
+    found = rungs._settled([far, near])
+    # Where both have settled the pooled variance is that of either; far chains scatter a million times as much.
+    np.testing.assert_array_equal(found, [np.arange(8), np.arange(8), [4, 5, 6, 7, 4, 5, 6, 7]])
+
+
+@pytest.mark.slow
+def test_ladder_of_a_stiff_quadratic_with_flat_directions_has_few_rungs_and_the_exact_volume(key):
+    problem = analytic.quadratic([1.0, 3.0, 10.0, 30.0, 100.0, 300.0] + [0.0] * 54)
+    ladder = temper(key, problem.loss_fn, problem.center, None, base=problem.base, max_nbeta=1e4, progress=False)
+    # 1.4 scatters of sqrt(3) to a gap, over 13 e-folds; trials may add a few.
+    assert len(ladder.nbetas) < 40
+    volume = ladder.log_volume([1e-3, 1e-2])
+    assert np.all(np.abs(volume.log_volume - [problem.log_volume(t) for t in (1e-3, 1e-2)]) < 4 * volume.std_error + 0.05)
