@@ -183,7 +183,9 @@ def _against_hessian(results: Results, run: RunDirectory) -> Section:
 def _spectrum(results: Results, run: RunDirectory) -> Section:
     spectrum, estimate = results["spectrum"], results["llc"]
     resolved = estimate["localization"] / spectrum["nbeta"]
-    figure = figures.eigenvalues(run.arrays("spectrum")["ritz_values"][0], resolved, spectrum["rank_threshold"])
+    # The matrix is of float64, and what it says of these weights is finer than their own rounding.
+    rounding = float(np.finfo(np.float64).eps) * spectrum["dimension"] * spectrum["largest"]
+    figure = figures.eigenvalues(run.arrays("spectrum")["ritz_values"][0], resolved, rounding)
     sentences = (
         f"Of {spectrum['dimension']} directions, {spectrum['num_held']} are curved enough (above γ / nβ = {resolved:.2g}) that the loss, not "
         "the localization, holds them.",
