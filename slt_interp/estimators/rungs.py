@@ -141,6 +141,9 @@ def place_rungs(
 
     Returns:
         The kernel, or None if its rungs are too many for `max_gradients`, and the gradients per chain that were spent.
+
+    Raises:
+        InputError: if there would be more than 400 rungs.
     """
     base_key, pilot_key, trial_key = jax.random.split(key, 3)
     top = float(np.asarray(target.nbeta))
@@ -152,6 +155,11 @@ def place_rungs(
     steps = _NUM_TRIALS * (2 * count + CHUNK) + BURNIN_PER_RUNG * count + MIN_DRAWS
     if spent + kernel.kernel.num_leapfrog * count * steps > max_gradients:
         return None, spent
+    if count > _MAX_RUNGS:
+        raise InputError(
+            f"a ladder up to nbeta {top:.3g} would need {count:,} rungs, and at most {_MAX_RUNGS} are run: at cold rungs energies "
+            "differ widely between chains, as where there are several minima; narrow the base measure, or end at a smaller nbeta"
+        )
     for attempt in range(_NUM_TRIALS):
         nbetas = np.asarray(kernel.target.nbeta, np.float64)
         folder = checkpoint and checkpoint / f"trial-{attempt}"
@@ -178,6 +186,9 @@ _SCATTER = 1.4
 """Standard deviations of nbeta L between neighbors: a third of the swaps succeed."""
 
 _BASE_DRAWS, _FIRST_ESS = 1024, 0.3
+
+_MAX_RUNGS = 400
+"""The cost of a ladder grows with the square of its rungs; a hundred directions over a dozen e-folds need a hundred."""
 
 _UNSETTLED = 20.0
 """Both families together scatter at most by this factor more (in squares) than the lesser one, or one has not settled."""

@@ -160,3 +160,9 @@ def test_ladder_of_a_stiff_quadratic_with_flat_directions_has_few_rungs_and_the_
     assert len(ladder.nbetas) < 40
     volume = ladder.log_volume([1e-3, 1e-2])
     assert np.all(np.abs(volume.log_volume - [problem.log_volume(t) for t in (1e-3, 1e-2)]) < 4 * volume.std_error + 0.05)
+
+
+def test_a_ladder_of_thousands_of_rungs_is_refused_before_it_is_run(key, monkeypatch):
+    monkeypatch.setattr(rungs, "_spaced", lambda pilot, nbetas: np.linspace(0.0, 100.0, 5000))
+    with pytest.raises(InputError, match="would need 5,000 rungs, and at most 400 are run"):
+        place_rungs(key, _target(half_square, 100.0), _families())
