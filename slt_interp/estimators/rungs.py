@@ -157,8 +157,9 @@ def place_rungs(
         return None, spent
     if count > _MAX_RUNGS:
         raise InputError(
-            f"a ladder up to nbeta {top:.3g} would need {count:,} rungs, and at most {_MAX_RUNGS} are run: at cold rungs energies "
-            "differ widely between chains, as where there are several minima; narrow the base measure, or end at a smaller nbeta"
+            f"a ladder up to nbeta {top:.3g} would need {count:,} rungs, and at most {_MAX_RUNGS} are run: at cold rungs "
+            "energies differ widely between chains, as where there are several minima; narrow the base measure, or end at a "
+            "smaller nbeta"
         )
     for attempt in range(_NUM_TRIALS):
         nbetas = np.asarray(kernel.target.nbeta, np.float64)
