@@ -51,7 +51,7 @@ def test_circuit_that_lives_where_its_twin_is_dead_is_held():
         (curves(disturbance=0.5), "not held", "of its swap disturbance, not shown to be below 0.25"),
         (curves(twin=[0.1, 0.9, 0.9, 0.95]), "not held", "not shown to be above 0.1"),
         (replace(curves(), dormancy=0.9), "not held", "90% of its effect enters through units that do nothing"),
-        (replace(curves(), dormancy=np.nan), "not held", "nan% of its effect"),
+        (replace(curves(), dormancy=np.nan), "not held", "its patch changes nothing at the weights themselves"),
         (curves(random=0.7), "no window", "random maps have 7"),
         (curves(twin=0.9), "no window", "the planted twin lives at the mildest level"),
         (curves(accuracy=0.7), "no window", "no level keeps 90% of the accuracy"),

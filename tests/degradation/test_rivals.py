@@ -117,7 +117,10 @@ def test_a_dial_without_randomness_is_matched_as_near_as_its_steps_allow(key, pa
     assert jax.tree.leaves(found.degraded.params)[0].shape[:2] == (1, 1)
     assert np.isnan(found.std_error)
     assert float(probe(key, only(found.degraded))["loss"]) == pytest.approx(found.excess_loss, rel=1e-4)
-    assert 0.5 < found.excess_loss / 0.01 < 2
+    # The loss crosses what was wanted within the root finder's step in log level.
+    near = [Quantization().draw(key, params, found.level * np.exp(shift), **ONE) for shift in (-3e-3, 0.0, 3e-3)]
+    losses = [float(probe(key, only(degraded))["loss"]) for degraded in near]
+    assert min(losses) <= 0.01 <= max(losses)
 
 
 def test_fisher_saliency_is_what_the_loss_gains_for_independent_gaussian_inputs(key):

@@ -77,9 +77,9 @@ def test_refit_brings_a_turned_alignment_back_and_moves_no_direction_among_other
 
     refit = refit_alignment(key, NETWORK, params, "layer1", turned, draw_counterfactuals)
     exact = iia(Alignment(jnp.eye(16), masks))
-    # Half of what turning cost is far more than 2,000 coins scatter by.
     assert exact - iia(turned) > 16 * np.sqrt(0.25 / 2000)
-    assert exact - iia(refit) < (exact - iia(turned)) / 2
+    # On the same examples: what the exact alignment itself misses scatters by the root of its number.
+    assert abs(exact - iia(refit)) < 4 * np.sqrt((1 - exact) / 2000)
     np.testing.assert_allclose(refit.rotation @ refit.rotation.T, np.eye(16), atol=1e-5)
     units = jnp.arange(16) < 8
     confined = refit_alignment(key, NETWORK, params, "layer1", turned, draw_counterfactuals, units=units.astype(float))

@@ -7,7 +7,7 @@ from slt_interp import over_draws
 from slt_interp.errors import InputError
 from slt_interp.models.mlp import MLP
 from slt_interp.models.transformer import Transformer
-from slt_interp.probes.patching import PatchingProbe, ablation_effects, attributed_effects, each_unit, patching_effects
+from slt_interp.probes.patching import PatchingProbe, ablation_effects, attributed_effects, patching_effects
 
 NETWORK = MLP((5, 7, 6, 2))
 LINEAR = MLP((5, 7, 6, 2), lambda x: x)
@@ -44,7 +44,7 @@ def width(network, site):
 
 def test_patching_one_unit_is_the_forward_pass_with_that_unit_of_the_source(key, site):
     params, base, source = setting(NETWORK, key)
-    found = patching_effects(NETWORK, params, site, each_unit(width(NETWORK, site)), base, source, readout)
+    found = patching_effects(NETWORK, params, site, jnp.eye(width(NETWORK, site)), base, source, readout)
     kept = {}
     forward(params, source, lambda here, h: kept.setdefault(here, h))
     before = readout(forward(params, base))
@@ -68,7 +68,7 @@ def test_patching_everything_gives_the_source_run_and_patching_nothing_changes_n
 def test_attribution_is_patching_on_a_linear_network_and_differs_on_another(key, site):
     for network, is_linear in ((LINEAR, True), (NETWORK, False)):
         params, base, source = setting(network, key)
-        arguments = network, params, site, each_unit(width(network, site)), base, source, readout
+        arguments = network, params, site, jnp.eye(width(network, site)), base, source, readout
         gap = np.abs(patching_effects(*arguments) - attributed_effects(*arguments)).max()
         # Float32 sums of numbers of order 1; the last hidden layer is read linearly in either network.
         assert (gap < 1e-5) == (is_linear or site == "layer2")
@@ -120,7 +120,7 @@ def test_probe_runs_over_draws_and_over_positions_of_a_transformer(key):
 )
 def test_bad_input_gets_one_clear_sentence(key, changes, message):
     params, base, source = setting(NETWORK, key)
-    arguments = {"site": "layer1", "masks": each_unit(7), "base": base, "source": source, "readout": readout} | changes
+    arguments = {"site": "layer1", "masks": jnp.eye(7), "base": base, "source": source, "readout": readout} | changes
     with pytest.raises(InputError) as raised:
         patching_effects(NETWORK, params, **arguments)
     assert message in str(raised.value)
@@ -129,4 +129,4 @@ def test_bad_input_gets_one_clear_sentence(key, changes, message):
 def test_unknown_ablation_lists_those_that_there_are(key):
     params, base, _ = setting(NETWORK, key)
     with pytest.raises(InputError, match="value must be one of zero, mean, resample, but is 'median'"):
-        ablation_effects(key, NETWORK, params, "layer1", each_unit(7), base, readout, value="median")
+        ablation_effects(key, NETWORK, params, "layer1", jnp.eye(7), base, readout, value="median")
