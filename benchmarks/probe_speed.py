@@ -20,14 +20,12 @@ import optax
 import tyro
 
 from slt_interp import over_draws
-from slt_interp.models.mlp import MLP
 from slt_interp.probes.alignment import fit_alignment, random_rotations
 from slt_interp.probes.interchange import Alignment, InterchangeProbe, block_masks
 from slt_interp.storage import RunDirectory, open_run
+from slt_interp.studies.hierarchical_equality import NETWORK
 from slt_interp.studies.networks import SMOOTHING, SmoothedCrossEntropy
-from slt_interp.tasks.hierarchical_equality import NUM_INPUTS, FreshExamples, draw_counterfactuals
-
-NETWORK = MLP((NUM_INPUTS, 16, 16, 16, 2))
+from slt_interp.tasks.hierarchical_equality import FreshExamples, draw_counterfactuals
 
 
 @dataclass(frozen=True)

@@ -43,9 +43,9 @@ class Config:
     thresholds: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1)
     num_seeds: int = 2
     """Of every method that draws."""
-    num_live: int = 1000
+    num_live: int = 500
     """Live points of the nested sampler; its standard error is about sqrt(|ln V| / num_live)."""
-    max_losses: float = 1e8
+    max_losses: float = 2e7
     """The nested sampler is stopped after so many."""
     num_published_rays: int = 1000
     coefficients: tuple[str, ...] | None = None

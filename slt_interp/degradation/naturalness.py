@@ -150,7 +150,9 @@ def naturalness(found: Survival, *, confidence: float = 0.95) -> Verdict:
             reasons.append(f"{where} {reason}")
     failed = ~_holm(np.array(values), 1 - confidence)
     why = [reason for reason, is_open in zip(reasons, failed, strict=True) if is_open]
-    if not found.dormancy < _DORMANT:
+    if np.isnan(found.dormancy):
+        why.append("its patch changes nothing at the weights themselves, so that it has no dormancy share")
+    elif not found.dormancy < _DORMANT:
         why.append(f"{found.dormancy:.0%} of its effect enters through units that do nothing on natural inputs")
     return Verdict(NOT_HELD if why else HELD, tuple(why), count)
 

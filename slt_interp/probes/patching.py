@@ -30,15 +30,6 @@ Readout = Callable[[Float[Array, "example *output"]], Float[Array, ""]]
 ABLATIONS = ("zero", "mean", "resample")
 
 
-def each_unit(width: int) -> Float[Array, "width width"]:
-    """Make one mask for each unit of a layer.
-
-    >>> each_unit(2).tolist()
-    [[1.0, 0.0], [0.0, 1.0]]
-    """
-    return jnp.eye(width)
-
-
 def patching_effects(
     network: Network,
     params: Params,
@@ -54,7 +45,8 @@ def patching_effects(
         network: anything with `apply(params, inputs, tap)` and `sites`.
         params: its weights.
         site: where to patch.
-        masks: 1 at the coordinates that are replaced, 0 elsewhere; each broadcasts to the activation of one example.
+        masks: 1 at the coordinates that are replaced, 0 elsewhere; each broadcasts to the activation of one example. One for
+            each unit of a layer is `jnp.eye(width)`.
         base: inputs that are run.
         source: inputs whose activations are put in, one for each of `base`.
         readout: `(logits) -> scalar`.
