@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from slt_interp.data import Counterfactuals
-from slt_interp.probes.interchange import Alignment, interchange_patch
+from slt_interp.probes.interchange import AnyAlignment, interchange_patch
 from slt_interp.taps import Network, record, replace
 from slt_interp.tree import Params
 
@@ -19,7 +19,7 @@ squares) count as dormant. Rescaling a unit, and what reads it, does not change 
 
 
 def dormancy_share(
-    network: Network, params: Params, site: str, alignment: Alignment, examples: Counterfactuals
+    network: Network, params: Params, site: str, alignment: AnyAlignment, examples: Counterfactuals
 ) -> Float[Array, ""]:
     """Compute the share of a patch's effect that enters through dormant units: 0 for a path in use, 1 for a planted one.
 
@@ -30,7 +30,7 @@ def dormancy_share(
         network: anything with `apply(params, inputs, tap)` and `sites`; the activation at the site is (example, width).
         params: its weights.
         site: where the alignment is.
-        alignment: rotation and masks.
+        alignment: rotation, or another invertible map, and masks.
         examples: base and source inputs.
 
     Raises:

@@ -12,7 +12,7 @@ import optax
 from jaxtyping import Array, Float, Key
 
 from slt_interp.data import Counterfactuals
-from slt_interp.probes.interchange import Alignment, interchange_patch
+from slt_interp.probes.interchange import AnyAlignment, interchange_patch
 from slt_interp.taps import NO_DAMAGE, Damage, Network, damaged_runs, replace
 from slt_interp.tree import Params, register_dataclass
 
@@ -25,7 +25,7 @@ class EffectProbe:
     Attributes:
         network: anything with `apply` and `sites`.
         site: where the alignment is.
-        alignment: rotation and masks.
+        alignment: rotation, or another invertible map, and masks.
         swapped: base inputs and sources of any values: the answer should change as the causal model's does.
         matched: base inputs and sources of the *same* values: nothing should change.
 
@@ -37,7 +37,7 @@ class EffectProbe:
 
     network: Network
     site: str
-    alignment: Alignment
+    alignment: AnyAlignment
     swapped: Counterfactuals
     matched: Counterfactuals
     damage: Damage = NO_DAMAGE

@@ -5,7 +5,8 @@ a source input, and rotate back: r' = r_base (1 - sum_v m_v) + sum_v r_source_v 
 variable, the network now answers as the causal model does with that variable's value taken from the source. The share
 of examples where it does is the interchange intervention accuracy (IIA).
 
-Rotation, masks and examples are data, so that everything maps over them.
+Rotation, masks and examples are data, so that everything maps over them. Other invertible maps may stand where the rotation
+does: anything that is an `AnyAlignment`.
 
 References:
     Geiger et al. (2021), Causal abstractions of neural networks, arXiv:2106.02997.
@@ -15,7 +16,7 @@ References:
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
@@ -24,6 +25,26 @@ from slt_interp.data import Counterfactuals
 from slt_interp.errors import InputError
 from slt_interp.taps import NO_DAMAGE, Damage, Network, damaged_runs, record, replace
 from slt_interp.tree import Params, register_dataclass
+
+
+class AnyAlignment(Protocol):
+    """What interchange interventions need: an invertible map of an activation, and which coordinates carry which variable."""
+
+    @property
+    def masks(self) -> Float[Array, "variable width"]:
+        """For each variable, 1 at the coordinates that carry it."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(width, width) of a map of activations of that width."""
+        ...
+
+    def exchange(
+        self, base: Float[Array, "example width"], sources: Float[Array, "variable example width"]
+    ) -> Float[Array, "example width"]:
+        """Take each variable's coordinates from its source, and all others from the base."""
+        ...
 
 
 class Alignment(NamedTuple):
@@ -36,6 +57,21 @@ class Alignment(NamedTuple):
 
     rotation: Float[Array, "width width"]
     masks: Float[Array, "variable width"]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the rotation."""
+        return self.rotation.shape
+
+    def exchange(
+        self, base: Float[Array, "example width"], sources: Float[Array, "variable example width"]
+    ) -> Float[Array, "example width"]:
+        """Take each variable's coordinates from its source: h + sum_v (h_v - h) R diag(m_v) R^T.
+
+        In this form nothing changes where the source is the base, exactly.
+        """
+        moved = ((sources - base) @ self.rotation) * self.masks[:, None, :]
+        return base + moved.sum(axis=0) @ self.rotation.T
 
 
 def block_masks(sizes: tuple[int, ...], width: int) -> Float[Array, "variable width"]:
@@ -51,7 +87,7 @@ def block_masks(sizes: tuple[int, ...], width: int) -> Float[Array, "variable wi
 
 
 def interchange(
-    network: Network, params: Params, site: str, alignment: Alignment, examples: Counterfactuals
+    network: Network, params: Params, site: str, alignment: AnyAlignment, examples: Counterfactuals
 ) -> Float[Array, "example output"]:
     """Compute the logits on the base inputs with every variable's coordinates taken from its source.
 
@@ -59,7 +95,7 @@ def interchange(
         network: anything with `apply(params, inputs, tap)`.
         params: its weights.
         site: where to intervene; the activation there is (example, width).
-        alignment: rotation and masks.
+        alignment: rotation, or another invertible map, and masks.
         examples: base and source inputs.
 
     Raises:
@@ -69,7 +105,7 @@ def interchange(
 
 
 def interchange_patch(
-    network: Network, params: Params, site: str, alignment: Alignment, examples: Counterfactuals
+    network: Network, params: Params, site: str, alignment: AnyAlignment, examples: Counterfactuals
 ) -> Callable[[Float[Array, "example width"]], Float[Array, "example width"]]:
     """Make the function that `interchange` applies to the activation of the base inputs; arguments and errors are the same."""
     check_site(network, site)
@@ -78,13 +114,7 @@ def interchange_patch(
     activations = record(network, params, sources)[1][site]
     _check_width(alignment, activations.shape[-1], num_variables, site)
     activations = activations.reshape(num_variables, -1, activations.shape[-1])
-
-    def patch(base: Float[Array, "example width"]) -> Float[Array, "example width"]:
-        # h' = h + sum_v (h_source_v - h) P_v with P_v = R diag(m_v) R^T: with source = base nothing changes, exactly.
-        moved = ((activations - base) @ alignment.rotation) * alignment.masks[:, None, :]
-        return base + moved.sum(axis=0) @ alignment.rotation.T
-
-    return patch
+    return lambda base: alignment.exchange(base, activations)
 
 
 @partial(register_dataclass, data_fields=["alignment", "examples", "damage"], meta_fields=["network", "site"])
@@ -98,7 +128,7 @@ class InterchangeProbe:
 
     network: Network
     site: str
-    alignment: Alignment
+    alignment: AnyAlignment
     examples: Counterfactuals
     damage: Damage = NO_DAMAGE
 
@@ -120,9 +150,9 @@ def check_site(network: Network, site: str) -> None:
         raise InputError(f"the network has no site {site!r}: choose one of {', '.join(network.sites)}")
 
 
-def _check_width(alignment: Alignment, width: int, num_variables: int, site: str) -> None:
-    if alignment.rotation.shape != (width, width) or alignment.masks.shape != (num_variables, width):
+def _check_width(alignment: AnyAlignment, width: int, num_variables: int, site: str) -> None:
+    if alignment.shape != (width, width) or alignment.masks.shape != (num_variables, width):
         raise InputError(
-            f"the alignment has a rotation of shape {alignment.rotation.shape} and masks of shape {alignment.masks.shape}, "
+            f"the alignment has a map of shape {alignment.shape} and masks of shape {alignment.masks.shape}, "
             f"but {site} has width {width} and the examples have {num_variables} variables: fit it at this site"
         )

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from slt_interp.data import Counterfactuals
 from slt_interp.probes.descent import descend
-from slt_interp.probes.interchange import Alignment, interchange
+from slt_interp.probes.interchange import AnyAlignment, interchange
 from slt_interp.taps import Network
 from slt_interp.tree import Params
 
@@ -41,7 +41,7 @@ def train_interchange(
     network: Network,
     params: Params,
     site: str,
-    alignment: Alignment,
+    alignment: AnyAlignment,
     counterfactuals: Callable[[Key[Array, ""], int], Counterfactuals],
     *,
     num_steps: int = 2000,
@@ -72,7 +72,7 @@ def train_interchange(
         InputError: if there is no such site, or the alignment does not fit it.
 
     >>> from slt_interp.models.mlp import MLP
-    >>> from slt_interp.probes.interchange import block_masks
+    >>> from slt_interp.probes.interchange import Alignment, block_masks
     >>> from slt_interp.tasks.hierarchical_equality import draw_counterfactuals
     >>> network, key = MLP((16, 4, 2)), jax.random.key(0)
     >>> alignment = Alignment(jax.numpy.eye(4), block_masks((2, 2), 4))

@@ -83,7 +83,7 @@ def test_bad_input_gets_one_clear_sentence(setting):
     params, alignment, examples = setting
     with pytest.raises(ValueError, match="no site 'layer9': choose one of layer1, layer2, layer3"):
         interchange(NETWORK, params, "layer9", alignment, examples)
-    with pytest.raises(ValueError, match=r"rotation of shape \(8, 8\).*layer1 has width 16"):
+    with pytest.raises(ValueError, match=r"map of shape \(8, 8\).*layer1 has width 16"):
         interchange(NETWORK, params, "layer1", Alignment(jnp.eye(8), jnp.ones((2, 8))), examples)
     with pytest.raises(ValueError, match=r"17 directions were asked for \(9, 8\), but the activation has 16"):
         block_masks((9, 8), 16)

@@ -93,5 +93,5 @@ def test_unknown_site_and_misfit_are_errors(key):
     params, examples = NETWORK.init(key), draw_small
     with pytest.raises(ValueError, match="no site 'layer3'"):
         train_interchange(key, NETWORK, params, "layer3", IDENTITY, examples)
-    with pytest.raises(ValueError, match=r"rotation of shape \(8, 8\)"):
+    with pytest.raises(ValueError, match=r"map of shape \(8, 8\)"):
         train_interchange(key, NETWORK, params, "layer2", Alignment(jnp.eye(8), jnp.ones((2, 8))), examples)
