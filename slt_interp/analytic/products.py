@@ -70,7 +70,11 @@ def power_sum(exponents: Sequence[int], *, in_box: bool = False, name: str | Non
 
 
 def sum_of_products(
-    blocks: Sequence[Product], *, key: Key[Array, ""] | None = None, base: Box | Ball | None = None, name: str
+    blocks: Sequence[Product],
+    *,
+    key: Key[Array, ""] | None = None,
+    base: Box | Ball | None = None,
+    name: str = "sum of products",
 ) -> AnalyticProblem:
     """Make K = sum_b scale_b prod_i |u_bi|^(2 k_bi) on separate coordinates, rotated at random when `key` is given.
 

@@ -1,11 +1,15 @@
 """Every problem of the catalogue against plain Monte Carlo on its own loss, and what a minimum must be."""
 
+import itertools
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from slt_interp import analytic
+from slt_interp.analytic.catalogue import Problems
 from slt_interp.bases import Ball, Box
 from slt_interp.errors import InputError
 from slt_interp.tree import normal_like
@@ -26,6 +30,31 @@ def excess(problem, draws):
 def gaussian_draws(problem, key, scale):
     keys = jax.random.split(key, 40_000)
     return jax.vmap(lambda k: jax.tree.map(lambda c, z: c + scale * z, problem.center, normal_like(k, problem.center)))(keys)
+
+
+@pytest.mark.parametrize("name", [name for name in CATALOGUE if name.startswith("deep linear")])
+def test_a_deep_linear_problem_is_as_large_as_its_name_says(name):
+    widths = tuple(map(int, name.split()[2].split("-")))
+    shapes = [w.shape for w in jax.tree.leaves(CATALOGUE[name].center)]
+    assert sorted(shapes) in (sorted(itertools.pairwise(widths)), sorted(itertools.pairwise(widths[::-1])))
+
+
+@pytest.mark.parametrize("name", [name for name in CATALOGUE if re.search(r" in \d+ dimension", name)])
+def test_a_problem_has_as_many_weights_as_its_name_says(name):
+    assert CATALOGUE[name].dimension == int(re.search(r"(\d+) dimension", name)[1])
+
+
+def test_a_problem_is_built_when_it_is_asked_for_and_once():
+    built = []
+    problems = Problems({name: lambda name=name: built.append(name) or analytic.monomial([1]) for name in ("a", "b")})
+    assert list(problems) == ["a", "b"]
+    assert len(problems) == 2
+    assert "b" in problems
+    assert not built
+    first = problems["b"]
+    assert problems["b"] is first
+    assert first.name == "b"
+    assert built == ["b"]
 
 
 @pytest.mark.slow
