@@ -5,6 +5,7 @@ matched loss, to tell what the loss holds from what any damage of that size woul
 """
 
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, Protocol
@@ -14,12 +15,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PyTree
 
 from slt_interp.bases import Gaussian
-from slt_interp.data import Minibatches, num_examples
+from slt_interp.data import FullBatch, Minibatches, num_examples
 from slt_interp.estimators.calibration import settled_step_size
 from slt_interp.estimators.llc import LLCEstimate, llc, mean_loss
 from slt_interp.posterior import LocalPosterior, LossFn
 from slt_interp.samplers.chains import chain_mesh, sample
 from slt_interp.samplers.draws import keep_params
+from slt_interp.samplers.kernel import Kernel
 from slt_interp.samplers.sgld import SGLD
 from slt_interp.taps import NO_DAMAGE, Damage, NoDamage, Tap, compose
 from slt_interp.tree import Params, register_dataclass
@@ -154,24 +156,27 @@ class _Both:
 
 @dataclass(frozen=True)
 class TemperedPosterior:
-    """Draws from the local posterior by SGLD; the level is nbeta: the lower, the more damage.
+    """Draws from the local posterior; the level is nbeta: the lower, the more damage.
 
     nbeta sets the loss and `localization` the distance.
 
     Args:
-        loss_fn: mean negative log-likelihood per example, nats.
+        loss_fn: mean negative log-likelihood per example, nats; or one of a behavior only, which then alone is held.
         data: the examples that define the loss.
         localization: gamma.
-        batch_size: examples per step.
+        kernel: maps a target to a kernel, such as `functools.partial(HMC, step_size=0.1)`; it runs on all examples, and adapts
+            in the first half of the steps dropped. If not given, SGLD on minibatches, with a step size of its own choice.
+        batch_size: examples per step of SGLD.
         num_burnin: steps dropped.
         thinning: steps per draw.
-        tolerance: share of the excess loss that discretization may add; see `settled_step_size`.
+        tolerance: share of the excess loss that discretization of SGLD may add; see `settled_step_size`.
         progress: whether to show a progress bar.
     """
 
     loss_fn: LossFn
     data: PyTree[Array]
     localization: float
+    kernel: Callable[[LocalPosterior], Kernel] | None = None
     batch_size: int = 512
     num_burnin: int = 2000
     thinning: int = 100
@@ -181,17 +186,21 @@ class TemperedPosterior:
     def draw(self, key: Key[Array, ""], params: Params, level: float, *, num_chains: int, num_draws: int) -> Degraded:
         """Sample around `params` at nbeta = level; chains that became non-finite are left out, as the estimate says."""
         chain_key, step_key = jax.random.split(key)
-        target = LocalPosterior(self.loss_fn, params, level, self.localization)
-        batches = Minibatches(self.data, min(self.batch_size, num_examples(self.data)))
-        step_size = settled_step_size(step_key, target, params, batches, tolerance=self.tolerance)
+        target, num_warmup = LocalPosterior(self.loss_fn, params, level, self.localization), 0
+        if self.kernel is None:
+            batches = Minibatches(self.data, min(self.batch_size, num_examples(self.data)))
+            kernel = SGLD(target, settled_step_size(step_key, target, params, batches, tolerance=self.tolerance))
+        else:
+            batches, kernel, num_warmup = FullBatch(self.data), self.kernel(target), self.num_burnin // 2
         draws = sample(
             chain_key,
-            SGLD(target, step_size),
+            kernel,
             params,
             batches,
             num_chains=num_chains,
             num_draws=num_draws,
-            num_burnin=self.num_burnin,
+            num_warmup=num_warmup,
+            num_burnin=self.num_burnin - num_warmup,
             thinning=self.thinning,
             collect=keep_params,
             mesh=chain_mesh(num_chains),

@@ -4,13 +4,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.nn import log_softmax
 from jaxtyping import Array, Float, Key
 
 from slt_interp.data import Batch
-from slt_interp.degradation.dials import Degraded, Dial
+from slt_interp.degradation.dials import Degraded, Dial, TemperedPosterior
 from slt_interp.errors import InputError
 from slt_interp.posterior import LossFn
 from slt_interp.probes.draws import Probe, over_draws
@@ -157,3 +158,54 @@ def with_damage(probe: Probe, degraded: Degraded) -> Probe:
             "such as BehaviorProbe"
         )
     return replace(probe, damage=degraded.damage)  # pyright: ignore[reportArgumentType]
+
+
+def match_posterior(
+    key: Key[Array, ""],
+    dial: TemperedPosterior,
+    params: Params,
+    probe: LossProbe | BehaviorProbe,
+    excess_loss: float,
+    *,
+    llc: float,
+    num_chains: int,
+    num_draws: int,
+) -> Matched:
+    """Find the nbeta at which the posterior's excess loss is `excess_loss`, up to 10 %.
+
+    Sampling is too dear for `match`; but at nbeta the excess loss is the LLC divided by nbeta, and the LLC varies slowly: a
+    guess of it is enough for a first try, whose own LLC is the next guess. After four tries the last one stands, and
+    `excess_loss` of the result says where.
+
+    Args:
+        key: for the dial.
+        dial: whose level is nbeta.
+        params: the weights that are degraded.
+        probe: measures the loss that is matched, which need not be the posterior's.
+        excess_loss: nats per example, positive.
+        llc: a guess, such as half the number of weights, or the LLC at a neighboring level.
+        num_chains: of the dial.
+        num_draws: networks in each.
+
+    Raises:
+        InputError: if the excess loss or the guess is not positive.
+    """
+    for name, value in (("excess_loss", excess_loss), ("llc", llc)):
+        if not (np.isfinite(value) and value > 0):
+            raise InputError(f"{name} must be positive, but is {value:.3g}")
+    floor = float(probe(key, params)["loss"])
+    for trial in range(_MAX_TRIALS):
+        nbeta = llc / excess_loss
+        trial_key = jax.random.fold_in(key, trial)
+        degraded = dial.draw(trial_key, params, nbeta, num_chains=num_chains, num_draws=num_draws)
+        losses = np.asarray(over_draws(trial_key, probe, degraded.params)["loss"], np.float64)
+        per_chain = losses.mean(axis=1) - floor
+        found = float(per_chain.mean())
+        if abs(np.log(max(found, 1e-12) / excess_loss)) < _TOLERANCE or not found > 0:
+            break
+        llc = nbeta * found
+    error = float(per_chain.std(ddof=1) / np.sqrt(len(per_chain))) if len(per_chain) > 1 else float("nan")
+    return Matched(nbeta, degraded, found, error)
+
+
+_MAX_TRIALS, _TOLERANCE = 4, 0.1

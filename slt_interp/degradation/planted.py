@@ -55,7 +55,7 @@ def plant(network: MLP, params: Params, site: str, alignment: Alignment, variabl
     layers = {i: {name: np.asarray(x) for name, x in part.items()} for i, part in params["layers"].items()}  # pyright: ignore
     kernel, bias, following = layers[layer]["kernel"], layers[layer]["bias"], layers[layer + 1]["kernel"]
     directions = rotation[:, masks[variable] > 0]
-    neurons = np.flatnonzero(np.abs(directions).max(axis=1, initial=0.0) > _REACHED)
+    neurons = np.flatnonzero(np.abs(directions).max(axis=1, initial=0.0) > REACHED)
     count, width = len(neurons), len(bias)
     constant = float(network.activation(jnp.ones(())))
     # A patch moves u and w each by half of what it moves the candidate's neurons.
@@ -96,5 +96,5 @@ def plant(network: MLP, params: Params, site: str, alignment: Alignment, variabl
     )
 
 
-_REACHED = 1e-6
+REACHED = 1e-6
 """Neurons that directions reach into by less have no twin."""

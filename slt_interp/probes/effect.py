@@ -56,10 +56,20 @@ class EffectProbe:
 
         plain, patched = answers(self.swapped)
         differs = self.swapped.labels != self.swapped.base_labels
-        count = differs.sum()
         return {
-            "effect": jnp.sum(differs & (patched.argmax(axis=-1) == self.swapped.labels)) / count,
-            "swap_disturbance": jnp.sum(differs * rise(plain, patched, self.swapped)) / count,
+            "effect": flip_rate(patched, self.swapped),
+            "swap_disturbance": jnp.sum(differs * rise(plain, patched, self.swapped)) / differs.sum(),
             "disturbance": rise(*answers(self.matched), self.matched).mean(),
             "accuracy": jnp.mean(plain.argmax(axis=-1) == self.swapped.base_labels),
         }
+
+
+def flip_rate(patched: Float[Array, "example class"], examples: Counterfactuals) -> Float[Array, ""]:
+    """Compute the effect F: of the examples whose label an intervention changes, the share that patched logits answer so.
+
+    >>> examples = Counterfactuals(jnp.zeros((2, 1)), jnp.zeros((2, 1, 1)), jnp.array([1, 0]), jnp.array([0, 0]))
+    >>> float(flip_rate(jnp.array([[0.0, 1.0], [0.0, 1.0]]), examples))
+    1.0
+    """
+    differs = examples.labels != examples.base_labels
+    return jnp.sum(differs & (patched.argmax(axis=-1) == examples.labels)) / differs.sum()

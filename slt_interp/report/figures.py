@@ -40,7 +40,7 @@ def training_curve(
     train_excess: Float[np.ndarray, " step"],
 ) -> Figure:
     """Plot the loss above its floor over training, on fresh data and per minibatch, and the error rate; values and standard errors."""
-    figure, (left, right) = _axes(2)
+    figure, (left, right) = axes_grid(2)
     every = np.arange(1, len(train_excess) + 1)
     keep = np.unique(np.geomspace(1, len(train_excess), 600).astype(int)) - 1
     left.plot(every[keep], train_excess[keep], color="0.75", linewidth=0.8, label="minibatch")
@@ -61,7 +61,7 @@ def calibration_sweep(sweep: Sweep) -> Figure:
 
     Values are shown with two standard errors; points where every chain diverged are left out.
     """
-    figure, all_axes = _axes(len(sweep.localizations), sharey=True)
+    figure, all_axes = axes_grid(len(sweep.localizations), sharey=True)
     colors = colormaps["viridis"](np.linspace(0, 0.85, len(sweep.nbetas)))
     for k, axes in enumerate(all_axes):
         for j, nbeta in enumerate(sweep.nbetas):
@@ -85,7 +85,7 @@ def chain_traces(
     predicted: float,
 ) -> Figure:
     """Plot nbeta (L - L*) and the distance from the center along every chain, with the Gaussian prediction of the first."""
-    figure, (left, right) = _axes(2)
+    figure, (left, right) = axes_grid(2)
     steps = first + thinning * (np.arange(energy.shape[1]) + 1)
     window = max(1, energy.shape[1] // 25)
     for axes, series in ((left, energy), (right, np.sqrt(squared_distance))):
@@ -112,7 +112,7 @@ def llc_against_hessian(
     dimension: int,
 ) -> Figure:
     """Plot the sampled LLC and its Gaussian prediction over nbeta, beside the counts rank / 2 (for two thresholds) and d / 2."""
-    figure, (axes,) = _axes(1, height=4.8)
+    figure, (axes,) = axes_grid(1, height=4.8)
     axes.plot(*curve, color=PREDICTED, linestyle="--", label="Gaussian prediction from the Hessian, same localization")
     marks = np.asarray(trusted)
     axes.errorbar(nbetas, llc, yerr=2 * std_error, fmt="none", ecolor=SAMPLED, capsize=3)
@@ -136,7 +136,7 @@ def eigenvalues(values: Numbers, resolved: float, rounding: float) -> Figure:
 
     Sizes below `rounding` are noise of the arithmetic and lie below the axis.
     """
-    figure, (axes,) = _axes(1)
+    figure, (axes,) = axes_grid(1)
     order = np.argsort(values)[::-1]
     ranks, sizes = np.arange(1, len(values) + 1), values[order]
     axes.plot(ranks[sizes > 0], sizes[sizes > 0], ".", color=SAMPLED, markersize=4, label="positive")
@@ -158,7 +158,7 @@ def eigenvalues(values: Numbers, resolved: float, rounding: float) -> Figure:
 
 def volume_curve(thresholds: Numbers, log_volume: Numbers) -> Figure:
     """Plot the log volume of the sublevel set over the threshold, from the Gaussian alone."""
-    figure, (axes,) = _axes(1)
+    figure, (axes,) = axes_grid(1)
     axes.plot(
         thresholds, log_volume, color=PREDICTED, linestyle="--", label="Gaussian prediction (provisional: no sampled value yet)"
     )
@@ -176,7 +176,7 @@ def survival(
         sites: for each site and dial, (excess loss, statistic, standard error).
         references: for each site, the statistic at the trained weights and for random rotations.
     """
-    figure, panels = _axes(len(sites), sharey=True)
+    figure, panels = axes_grid(len(sites), sharey=True)
     marks = dict(zip(next(iter(sites.values())), ((SAMPLED, "o-"), (RIVAL, "s--")), strict=True))
     for axes, (site, dials) in zip(panels, sites.items(), strict=True):
         trained, random = references[site]
@@ -226,7 +226,7 @@ def comparisons(panels: Sequence[Comparison], *, xlabel: str, ylabels: Sequence[
     """
     columns = min(3, len(panels)) if len(panels) != 4 else 2
     rows = -(-len(panels) // columns)
-    figure, all_axes = _axes(columns, rows=rows, height=0.6 + 2.9 * rows)
+    figure, all_axes = axes_grid(columns, rows=rows, height=0.6 + 2.9 * rows)
     dashes = ((0, (1, 1)), (0, (4, 1, 1, 1)))
     entries: dict[str, Any] = {}
     for i, (axes, panel) in enumerate(zip(all_axes, panels, strict=False)):
@@ -263,7 +263,7 @@ def comparisons(panels: Sequence[Comparison], *, xlabel: str, ylabels: Sequence[
 
 def shares(names: Sequence[str], sampled: tuple[Numbers, Numbers, Sequence[bool]], others: Mapping[str, Numbers]) -> Figure:
     """Plot what methods give as a multiple of the exact value, a row for each problem; open marks are not to be trusted."""
-    figure, (axes,) = _axes(1, height=1.2 + 0.5 * len(names))
+    figure, (axes,) = axes_grid(1, height=1.2 + 0.5 * len(names))
     rows = np.arange(len(names))[::-1]
     axes.axvline(1.0, color="k", label="exact")
     values, errors, trusted = sampled
@@ -293,7 +293,7 @@ def along_training(
     num_held: Numbers,
 ) -> Figure:
     """Plot losses, and beside them the sampled LLC and what the Hessian says, over checkpoints; step 0 is shown at 1/2."""
-    figure, (left, right) = _axes(2)
+    figure, (left, right) = axes_grid(2)
     x = np.maximum(steps, 0.5)
     for (label, values), color in zip(losses.items(), (SAMPLED, RIVAL), strict=True):
         left.plot(x, values, "o-", color=color, markersize=3, label=label)
@@ -328,7 +328,7 @@ def scatters(
     """
     columns = 4
     rows = -(-len(values) // columns)
-    figure, all_axes = _axes(columns, rows=rows, height=0.6 + 2.3 * rows, sharey=True)
+    figure, all_axes = axes_grid(columns, rows=rows, height=0.6 + 2.3 * rows, sharey=True)
     colors = colormaps["viridis"](np.linspace(0, 0.85, len(groups)))
     for i, (axes, (name, x)) in enumerate(zip(all_axes, values.items(), strict=False)):
         for (label, indices), color in zip(groups.items(), colors, strict=True):
@@ -343,6 +343,7 @@ def scatters(
     return figure
 
 
-def _axes(columns: int, *, rows: int = 1, height: float = 3.8, sharey: bool = False) -> tuple[Figure, list[Axes]]:
+def axes_grid(columns: int, *, rows: int = 1, height: float = 3.8, sharey: bool = False) -> tuple[Figure, list[Axes]]:
+    """Make a figure of the page's width, and its axes row by row."""
     figure = Figure(figsize=(9.5, height), layout="constrained")
     return figure, list(figure.subplots(rows, columns, sharey=sharey, squeeze=False).ravel())

@@ -10,10 +10,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from slt_interp.errors import InputError
-from slt_interp.report import figures, hierarchical_equality, llc_vs_hessian
+from slt_interp.report import figures, hierarchical_equality, llc_vs_hessian, planted_illusion
 from slt_interp.storage import RunDirectory, read_run
 
-PAGES = {"hierarchical-equality": hierarchical_equality.page, "llc-vs-hessian": llc_vs_hessian.page}
+PAGES = {
+    "hierarchical-equality": hierarchical_equality.page,
+    "llc-vs-hessian": llc_vs_hessian.page,
+    "planted-illusion": planted_illusion.page,
+}
 
 
 def render(path: Path) -> Path:

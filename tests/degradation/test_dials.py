@@ -1,10 +1,14 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from slt_interp.degradation.dials import TemperedPosterior, WeightNoise
-from slt_interp.degradation.matching import LossProbe, match
+from slt_interp.degradation.matching import LossProbe, match, match_posterior
+from slt_interp.errors import InputError
+from slt_interp.samplers.hmc import HMC
 
 DATA = jax.random.normal(jax.random.key(1), (200, 5))
 PARAMS = {"w": DATA.mean(axis=0)}
@@ -60,3 +64,22 @@ def test_match_meets_the_wanted_loss_and_the_exact_level(key, wanted):
 def test_loss_beyond_the_dial_is_an_error(key):
     with pytest.raises(ValueError, match=r"excess losses of .* does not lie between: widen the bracket"):
         match(key, WeightNoise(), PARAMS, LossProbe(loss_fn, DATA), 100.0, bracket=(1e-4, 1.0), num_chains=4, num_draws=4)
+
+
+@pytest.mark.slow
+def test_posterior_is_matched_at_the_exact_nbeta_from_a_poor_guess(key):
+    kernel = partial(HMC, step_size=0.1)
+    dial = TemperedPosterior(loss_fn, DATA, 2.0, kernel, num_burnin=200, thinning=5, progress=False)
+    wanted, counts = 0.05, {"num_chains": 16, "num_draws": 100}
+    # E[L - L*] = d / 2 / (nbeta + gamma) for d = 5.
+    matched = match_posterior(key, dial, PARAMS, LossProbe(loss_fn, DATA), wanted, llc=20.0, **counts)
+    exact = 2.5 / (matched.level + 2)
+    assert abs(matched.excess_loss - exact) < 4 * matched.std_error
+    assert abs(np.log(matched.excess_loss / wanted)) < 0.1
+
+
+@pytest.mark.parametrize(("excess_loss", "llc", "name"), [(0.0, 1.0, "excess_loss"), (0.1, -1.0, "llc")])
+def test_losses_and_guesses_that_are_not_positive_are_refused(key, excess_loss, llc, name):
+    dial = TemperedPosterior(loss_fn, DATA, 2.0)
+    with pytest.raises(InputError, match=f"{name} must be positive"):
+        match_posterior(key, dial, PARAMS, LossProbe(loss_fn, DATA), excess_loss, llc=llc, num_chains=2, num_draws=2)
