@@ -88,6 +88,8 @@ class Config:
     """Gradients per chain at most, for the LLC of each of them."""
 
 
+# Most of such a run is compilation. A ladder has as many draws as its trials, so that one program serves both, and the budgets
+# of networks are too small for a metric to learn directions: ladders and the deep linear network show that.
 SMOKE = replace(
     Config(),
     problems=("monomial w1^2 w2^2",),
