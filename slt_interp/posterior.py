@@ -206,8 +206,8 @@ def check_target(target: LocalPosterior, params: Params, batch: Batch) -> None:
                 "1 to 1000 is customary"
             )
         return
-    variances = jax.tree.leaves(target.base.variance(target.position(params)))
-    if not all(bool(jnp.all((v > 0) & jnp.isfinite(v))) for v in variances):
+    variances = map(np.asarray, jax.tree.leaves(target.base.variance(target.position(params))))
+    if not all(np.all((v > 0) & np.isfinite(v)) for v in variances):
         raise InputError(
             f"the base measure, a {type(target.base).__name__}, must have a positive finite width in every coordinate: "
             "check its scale, walls or radius"

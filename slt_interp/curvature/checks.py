@@ -48,10 +48,7 @@ def saddle_warnings(values: Float[np.ndarray, "probe i"], weights: Float[np.ndar
 
 def kink_warnings(key: Key[Array, ""], loss_fn: LossFn, params: Params, data: Batch, block_size: int | None) -> tuple[str, ...]:
     """Tell a point where the gradient jumps, as ReLUs make it at 0: its difference between sides does not fall."""
-    flat, unravel = ravel_pytree(params)
-    direction = jax.random.normal(key, flat.shape, flat.dtype) * (jnp.linalg.norm(flat) / flat.size**0.5 + 1e-2)
-    steps = jnp.asarray([_WIDE, -_WIDE, _WIDE / 10, -_WIDE / 10], flat.dtype)
-    sides = np.asarray(_gradients(loss_fn, jax.vmap(unravel)(flat + steps[:, None] * direction), data, block_size), np.float64)
+    sides = np.asarray(_gradients(key, loss_fn, params, data, block_size), np.float64)
     size = max(np.linalg.norm(side) for side in sides)
     wide, narrow = (np.linalg.norm(sides[i] - sides[i + 1]) for i in (0, 2))
     if narrow > 0.5 * wide and narrow > _JUMP * size:
@@ -63,11 +60,18 @@ def kink_warnings(key: Key[Array, ""], loss_fn: LossFn, params: Params, data: Ba
 
 
 @partial(jax.jit, static_argnames=("loss_fn", "block_size"))
-def _gradients(loss_fn: LossFn, points: Params, data: Batch, block_size: int | None) -> Float[Array, "point i"]:
-    def one(point: Params) -> Array:
+def _gradients(
+    key: Key[Array, ""], loss_fn: LossFn, params: Params, data: Batch, block_size: int | None
+) -> Float[Array, "point i"]:
+    """Compute gradients on both sides of params, in a random direction: two far from it, and two near."""
+    flat, unravel = ravel_pytree(params)
+    direction = jax.random.normal(key, flat.shape, flat.dtype) * (jnp.linalg.norm(flat) / flat.size**0.5 + 1e-2)
+
+    def one(step: Array) -> Array:
+        point = unravel(flat + step * direction)
         return ravel_pytree(mean_over_blocks(lambda part: jax.grad(loss_fn)(point, part), data, block_size))[0]
 
-    return jax.lax.map(one, points)
+    return jax.lax.map(one, jnp.asarray([_WIDE, -_WIDE, _WIDE / 10, -_WIDE / 10], flat.dtype))
 
 
 _ASYMMETRY, _NOT_JUDGED = 0.05, 1e-4

@@ -16,7 +16,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Key, PyTree
+from jaxtyping import Array, Float, Key, PyTree
 
 from slt_interp.bases import BASES
 from slt_interp.curvature.spectrum import Spectrum, estimate_spectrum
@@ -35,7 +35,7 @@ from slt_interp.estimators.rungs import MAX_WHITENED, Families
 from slt_interp.posterior import LocalPosterior, LossFn, check_target
 from slt_interp.samplers.chains import chain_mesh, sample
 from slt_interp.samplers.draws import Draws, keep_nothing
-from slt_interp.samplers.hamiltonian import apply_metric, learned_metric, learned_scale, needs_directions
+from slt_interp.samplers.hamiltonian import Whitening, apply_metric, learned_metric, learned_scale, needs_directions
 from slt_interp.samplers.hmc import HMC
 from slt_interp.samplers.kernel import Kernel
 from slt_interp.samplers.sgld import SGLD
@@ -251,24 +251,24 @@ def _learn_metric(run: Callable[..., Draws], target: LocalPosterior, data: Batch
         collect=keep_nothing if is_large else keep_gradient,
     )
     finite = np.flatnonzero(draws.is_finite)
-    step_size = jnp.exp(jnp.mean(jnp.log(draws.state.step_size[finite])))
+    step_size = np.exp(np.mean(np.log(np.asarray(draws.state.step_size)[finite])))
     if collecting:
-        gradients = jax.tree.map(lambda x: jnp.asarray(x[finite]).reshape(-1, *x.shape[2:]), draws.collected)
-        whitened, allowed = learned_metric(target, center, jax.tree.map(lambda x: jnp.mean(x**2, axis=0), gradients), gradients)
+        gradients = jax.tree.map(lambda x: x[finite].reshape(-1, *x.shape[2:]), draws.collected)
+        whitened, allowed = learned_metric(target, center, gradients)
         metric = whitened.scale
         if needs_directions(whitened):
-            metric, step_size = whitened, jnp.minimum(1.0, step_size * allowed)
+            metric, step_size = whitened, min(1.0, step_size * allowed)
     else:
-        metric = learned_scale(
-            target, center, jax.tree.map(lambda x: jnp.mean(x[finite], axis=0), draws.state.adaptation.squares)
-        )
-    steepest = apply_metric(target, metric, _gradient(target, center, data))
-    return replace(kernel, step_size=float(step_size), scale=metric), 0.5 * float(dot(steepest, steepest))
+        squares = jax.tree.map(lambda x: np.asarray(x)[finite].mean(axis=0), draws.state.adaptation.squares)
+        metric = learned_scale(target, center, squares)
+    return replace(kernel, step_size=float(step_size), scale=metric), float(_fall(target, metric, center, data))
 
 
 @jax.jit
-def _gradient(target: LocalPosterior, params: Params, data: Batch) -> Params:
-    return target.value_and_grad(params, data)[1]
+def _fall(target: LocalPosterior, metric: Params | Whitening, params: Params, data: Batch) -> Float[Array, ""]:
+    """Compute by how much U falls along its gradient, to second order, where its curvature in this metric is 1."""
+    steepest = apply_metric(target, metric, target.value_and_grad(params, data)[1])
+    return 0.5 * dot(steepest, steepest)
 
 
 def _slope_note(slope: float, estimate: LLCEstimate) -> list[str]:

@@ -115,7 +115,7 @@ def top_rung(families: tuple[Draws, Draws], kernel: ReplicaExchange, target: Loc
         np.zeros(len(is_finite)),
         num_gradients,
         None,
-        replace(kernel.kernel, target=target, step_size=jnp.asarray(kernel.step_size)[-1]),
+        replace(kernel.kernel, target=target, step_size=np.asarray(kernel.step_size)[-1]),
         first.num_warmup,
         first.num_burnin,
         first.thinning,
@@ -171,7 +171,7 @@ def place_rungs(
         # Of what is rejected the square root goes with the step.
         rejected = 1 - joined(trial, lambda draws: draws.info.acceptance).mean(axis=(0, 1))
         factor = np.clip(np.sqrt(REJECTED / np.maximum(rejected, 1e-6)), 0.5, 1.5)
-        steps = jnp.minimum(1.0, kernel.step_size * jnp.asarray(factor, jnp.float32))
+        steps = np.minimum(1.0, kernel.step_size * factor.astype(np.float32))
         kernel = replace(kernel, kernel=replace(kernel.kernel, step_size=steps))
         exchange = joined(trial, lambda draws: draws.collected.exchange).mean(axis=(0, 1))
         rare = np.flatnonzero(exchange < MIN_EXCHANGE)
@@ -212,7 +212,7 @@ class _Pilot(NamedTuple):
 
     nbetas: Float[np.ndarray, " rung"]
     scale: Any
-    step_size: Float[Array, " rung"]
+    step_size: Float[np.ndarray, " rung"]
     mean: Float[np.ndarray, " rung"]
     variance: Float[np.ndarray, " rung"]
 
@@ -260,9 +260,9 @@ def _pilot(
     center = target.position(families.params)
     is_large = dimension(center) > MAX_WHITENED
     width = target.base.variance(center)
-    logs = sum(jax.tree.leaves(jax.tree.map(lambda v: jnp.sum(jnp.log(v)) / 2, width))) / dimension(center)
-    rungs = replace(target, nbeta=jnp.asarray(nbetas, jnp.float32))
-    kernel = ReplicaExchange(HMC(rungs, jnp.full(len(nbetas), 0.5 * jnp.exp(logs))))
+    logs = sum(float(np.sum(np.log(v))) / 2 for v in jax.tree.leaves(width)) / dimension(center)
+    rungs = replace(target, nbeta=np.asarray(nbetas, np.float32))
+    kernel = ReplicaExchange(HMC(rungs, np.full(len(nbetas), 0.5 * np.exp(logs), np.float32)))
     runs = families.run(
         key,
         kernel,
@@ -281,23 +281,22 @@ def _pilot(
 
         return jax.tree.map(lambda x: take(np.asarray(x)), joined(runs, select))
 
-    steps = jnp.exp(jnp.log(by_rung(lambda draws: draws.state.rungs.step_size, 1)).mean(axis=1))
+    steps = np.exp(np.log(by_rung(lambda draws: draws.state.rungs.step_size, 1)).mean(axis=1))
     if is_large:
         squares = by_rung(lambda draws: draws.state.rungs.adaptation.squares, 1)
-        squares = jax.tree.map(lambda x: jnp.asarray(x.mean(axis=1)), squares)
+        squares = jax.tree.map(lambda x: x.mean(axis=1), squares)
         scale, allowed = jax.vmap(partial(learned_scale, target, center))(squares), 1.0
     else:
         gradients = by_rung(lambda draws: draws.collected.gradient, 2)
-        gradients = jax.tree.map(lambda x: jnp.asarray(x.reshape(len(x), -1, *x.shape[3:])), gradients)
-        squares = jax.tree.map(lambda x: jnp.mean(x**2, axis=1), gradients)
-        scale, allowed = jax.lax.map(lambda x: learned_metric(target, center, *x), (squares, gradients))
-        if not jnp.any(jax.vmap(needs_directions)(scale)):
+        gradients = jax.tree.map(lambda x: x.reshape(len(x), -1, *x.shape[3:]), gradients)
+        scale, allowed = jax.lax.map(partial(learned_metric, target, center), gradients)
+        if not needs_directions(scale):
             scale, allowed = scale.scale, 1.0
     loss = by_rung(lambda draws: draws.collected.readings.loss, 2)[1:].astype(np.float64)
     # Of the base itself the loss may be infinite.
     mean, variance = (np.concatenate([[np.nan], f(loss, axis=(1, 2))]) for f in (np.mean, np.var))
     spent = float(np.mean([draws.num_gradients.mean() for draws in runs]))
-    return _Pilot(nbetas, scale, jnp.minimum(1.0, steps * allowed), mean, variance), spent
+    return _Pilot(nbetas, scale, np.minimum(1.0, steps * np.asarray(allowed)), mean, variance), spent
 
 
 def _settled(losses: list[Float[np.ndarray, "chain draw rung"]]) -> Int[np.ndarray, "rung chain"]:
@@ -344,6 +343,6 @@ def _kernel(target: LocalPosterior, pilot: _Pilot, nbetas: np.ndarray) -> Replic
     """Give each rung the metric and the step of the pilot's nearest."""
     distance = np.abs(np.log(np.maximum(nbetas, 1e-30))[:, None] - np.log(np.maximum(pilot.nbetas, 1e-30)))
     nearest = distance.argmin(axis=1)
-    scale, steps = jax.tree.map(lambda x: x[nearest], (pilot.scale, pilot.step_size))
-    rungs = replace(target, nbeta=jnp.asarray(nbetas, jnp.float32))
+    scale, steps = jax.tree.map(lambda x: np.asarray(x)[nearest], (pilot.scale, pilot.step_size))
+    rungs = replace(target, nbeta=np.asarray(nbetas, np.float32))
     return ReplicaExchange(HMC(rungs, steps, scale=scale))

@@ -1,9 +1,11 @@
 """How much of its input a layer keeps: the coding rate of its activations."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
+@jax.jit
 def coding_rate(activations: Float[Array, "example unit"], distortion: float = 0.1) -> Float[Array, ""]:
     """Count the bits per example that describe Gaussian activations of this covariance up to an error.
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, Key
 
@@ -92,6 +93,7 @@ def trial(target: LocalPosterior, state: MetropolisState) -> MetropolisState:
     return state._replace(scale=learned_scale(target, state.params, state.adaptation.squares))
 
 
+@jax.jit
 def learned_scale(target: LocalPosterior, params: Params, squares: Params) -> Params:
     """Turn mean squared gradients into sigma."""
     return jax.tree.map(lambda v, g: jnp.sqrt(1 / jnp.maximum(1 / v, g)), target.base.variance(params), squares)
@@ -135,16 +137,16 @@ def mixed_step(key: Key[Array, ""], step_size: Float[Array, ""]) -> tuple[Float[
     return step_size * jnp.where(is_whole, 1.0, jnp.exp(-_SMALLEST_STEP * smaller)), is_whole
 
 
-def learned_metric(
-    target: LocalPosterior, params: Params, squares: Params, gradients: Params
-) -> tuple[Whitening, Float[Array, ""]]:
-    """Turn mean squared gradients and a sample of gradients (sample, ...) into a metric, as `whitening` does."""
-    return whitening(learned_scale(target, params, squares), gradients, jax.tree.map(jnp.sqrt, target.base.variance(params)))
+@jax.jit
+def learned_metric(target: LocalPosterior, params: Params, gradients: Params) -> tuple[Whitening, Float[Array, ""]]:
+    """Turn a sample of gradients (sample, ...) into a metric, as `whitening` does, with the scale of their mean squares."""
+    scale = learned_scale(target, params, jax.tree.map(lambda g: jnp.mean(g**2, axis=0), gradients))
+    return whitening(scale, gradients, jax.tree.map(jnp.sqrt, target.base.variance(params)))
 
 
-def needs_directions(metric: Whitening) -> Bool[Array, ""]:
+def needs_directions(metric: Whitening) -> bool:
     """Whether some direction is stretched by more than a factor of 2 either way: less is not worth its products."""
-    return jnp.any(jnp.abs(jnp.log1p(metric.factors)) > jnp.log(2.0))
+    return bool(np.any(np.abs(np.log1p(metric.factors)) > np.log(2.0)))
 
 
 def whitening(scale: Params, gradients: Params, longest: Params) -> tuple[Whitening, Float[Array, ""]]:

@@ -1,5 +1,6 @@
 """A population of small trained networks: what goes with their generalization gap."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -85,6 +86,7 @@ def measure_population(
                     max_rounds=1,
                     progress=False,
                 )
+                lost = _information_lost(network, params, data["inputs"])
                 train_loss, test_loss = (mean_loss(loss_fn, params, examples)[0] for examples in (data, test))
                 found.append(
                     {
@@ -101,7 +103,7 @@ def measure_population(
                         "log_volume": volume.log_volume[0],
                         "log_volume_std_error": volume.std_error[0],
                         "gaussian_log_volume": float(spectrum.log_volume(thresholds, base)[0]),
-                        **_information_lost(network, params, data["inputs"]),
+                        **{f"information lost up to {site}": float(bits) for site, bits in lost.items()},
                     }
                 )
                 bar.update()
@@ -129,8 +131,9 @@ def _train(
     return train(params, jnp.asarray(decays, jnp.float32))
 
 
-def _information_lost(network: MLP, params: Params, inputs: Float[Array, "example input"]) -> dict[str, float]:
-    """Bits per example that each layer's coding rate is below that of the inputs."""
+@functools.partial(jax.jit, static_argnames="network")
+def _information_lost(network: MLP, params: Params, inputs: Float[Array, "example input"]) -> dict[str, Float[Array, ""]]:
+    """Compute how many bits per example each layer's coding rate is below that of the inputs."""
     kept = {}
 
     def tap(site: str, activations: Array) -> Array:
@@ -139,7 +142,7 @@ def _information_lost(network: MLP, params: Params, inputs: Float[Array, "exampl
 
     kept["output"] = network.apply(params, inputs, tap)
     first = coding_rate(inputs)
-    return {f"information lost up to {site}": float(first - coding_rate(x)) for site, x in kept.items()}
+    return {site: first - coding_rate(x) for site, x in kept.items()}
 
 
 _LEARNING_RATE = 1e-2
