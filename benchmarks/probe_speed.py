@@ -122,13 +122,13 @@ def _interchange(config: Config) -> dict[str, Any]:
     )
     probes = [
         InterchangeProbe(NETWORK, site, Alignment(rotation, block_masks((size, size), 16)), examples)
-        for site in NETWORK.sites
+        for site in NETWORK.hidden_sites
         for size in config.sizes
     ]
     key, one = jax.random.key(6), jax.jit(lambda probe, params: probe(jax.random.key(6), params)["iia"])
     flat = [jax.tree.map(lambda x, i=i: x[0, i], draws) for i in range(config.num_draws)]
     return {
-        "what": f"{config.num_draws} draws x {len(NETWORK.sites)} layers x {len(config.sizes)} sizes of variables",
+        "what": f"{config.num_draws} draws x {len(NETWORK.hidden_sites)} layers x {len(config.sizes)} sizes of variables",
         "together": _timed(lambda: [over_draws(key, probe, draws)["iia"] for probe in probes]),
         "loop": _timed(lambda: [one(probe, params) for probe in probes for params in flat]),
     }

@@ -20,6 +20,11 @@ Damage = Callable[[Key[Array, ""]], Tap]
 """`(key) -> tap`, a pytree: activations that are damaged at random, by each key in its own way."""
 
 
+INPUTS = "inputs"
+"""The site of the inputs themselves, before any layer, in networks that have one: probes reach it, damage to activations does
+not."""
+
+
 class Network(Protocol):
     """What probes and dials need of a network: weights in, logits out, and a tap at every named site."""
 

@@ -22,9 +22,10 @@ def test_taps_that_change_nothing_are_exact_no_ops(key):
 def test_record_gives_every_site_what_the_network_computes(key):
     params, inputs = NETWORK.init(key), jax.random.normal(key, (7, 5))
     logits, activations = record(NETWORK, params, inputs)
-    assert tuple(activations) == NETWORK.sites == ("layer1", "layer2")
+    assert tuple(activations) == NETWORK.sites == ("inputs", "layer1", "layer2")
     h = inputs
-    for i, site in enumerate(NETWORK.sites):
+    np.testing.assert_array_equal(activations["inputs"], h)
+    for i, site in enumerate(NETWORK.hidden_sites):
         layer = params["layers"][i]
         h = jnp.maximum(h @ layer["kernel"] + layer["bias"], 0)
         np.testing.assert_allclose(activations[site], h, rtol=1e-5, atol=1e-6)

@@ -23,7 +23,7 @@ from slt_interp.samplers.chains import chain_mesh, sample
 from slt_interp.samplers.draws import keep_params
 from slt_interp.samplers.kernel import Kernel
 from slt_interp.samplers.sgld import SGLD
-from slt_interp.taps import NO_DAMAGE, Damage, NoDamage, Tap, compose
+from slt_interp.taps import INPUTS, NO_DAMAGE, Damage, NoDamage, Tap, compose
 from slt_interp.tree import Params, register_dataclass
 
 
@@ -76,7 +76,7 @@ class ActivationNoise:
     That is the root mean square over examples and units of a site.
 
     Args:
-        sites: where; every site if not given.
+        sites: where; every site but the inputs if not given.
 
     >>> degraded = ActivationNoise().draw(jax.random.key(0), {"w": jnp.zeros(5)}, 0.1, num_chains=2, num_draws=3)
     >>> degraded.params["w"].shape, degraded.damage(jax.random.key(1))("layer1", jnp.ones((4, 8))).shape
@@ -104,7 +104,7 @@ class NoisyActivations:
         """Make the tap that a key decides; every site has noise of its own."""
 
         def tap(site: str, activation: Array) -> Array:
-            if self.sites is not None and site not in self.sites:
+            if site == INPUTS if self.sites is None else site not in self.sites:
                 return activation
             noise = jax.random.normal(jax.random.fold_in(key, zlib.crc32(site.encode())), activation.shape)
             return activation + self.level * jnp.sqrt(jnp.mean(activation**2)) * noise

@@ -45,13 +45,17 @@ def plant(network: MLP, params: Params, site: str, alignment: Alignment, variabl
         variable: whose directions get a twin; those of the others stay.
 
     Raises:
-        InputError: if there is no such site or variable.
+        InputError: if there is no such hidden layer or variable.
     """
     check_site(network, site)
+    if site not in network.hidden_sites:
+        raise InputError(
+            f"nothing can be planted at {site}, which no weights make: choose one of {', '.join(network.hidden_sites)}"
+        )
     rotation, masks = np.asarray(alignment.rotation, np.float64), np.asarray(alignment.masks)
     if not 0 <= variable < len(masks):
         raise InputError(f"the alignment has variables 0 to {len(masks) - 1}, but variable is {variable}")
-    layer = network.sites.index(site)
+    layer = network.hidden_sites.index(site)
     layers = {i: {name: np.asarray(x) for name, x in part.items()} for i, part in params["layers"].items()}  # pyright: ignore
     kernel, bias, following = layers[layer]["kernel"], layers[layer]["bias"], layers[layer + 1]["kernel"]
     directions = rotation[:, masks[variable] > 0]

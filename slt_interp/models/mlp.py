@@ -9,7 +9,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from slt_interp.taps import Tap, no_tap
+from slt_interp.taps import INPUTS, Tap, no_tap
 from slt_interp.tree import Params
 
 
@@ -21,7 +21,7 @@ class MLP:
 
     >>> network = MLP((16, 16, 16, 16, 2))
     >>> network.sites
-    ('layer1', 'layer2', 'layer3')
+    ('inputs', 'layer1', 'layer2', 'layer3')
     >>> params = network.init(jax.random.key(0))
     >>> network.apply(params, jax.numpy.ones((5, 16))).shape
     (5, 2)
@@ -32,7 +32,12 @@ class MLP:
 
     @property
     def sites(self) -> tuple[str, ...]:
-        """Names of the hidden layers, whose activations follow the nonlinearity."""
+        """Names of the inputs and of the hidden layers, whose activations follow the nonlinearity."""
+        return (INPUTS, *self.hidden_sites)
+
+    @property
+    def hidden_sites(self) -> tuple[str, ...]:
+        """Names of the hidden layers."""
         return tuple(f"layer{i + 1}" for i in range(len(self.widths) - 2))
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -41,7 +46,7 @@ class MLP:
         return nnx.to_pure_dict(nnx.state(_Module(self.widths, self.activation, nnx.Rngs(key)), nnx.Param))
 
     def apply(self, params: Params, inputs: Float[Array, "example input"], tap: Tap = no_tap) -> Float[Array, "example output"]:
-        """Compute the logits, calling `tap` at every hidden layer."""
+        """Compute the logits, calling `tap` at the inputs and at every hidden layer."""
         return nnx.merge(_graph(self), params)(inputs, tap)
 
 
@@ -58,7 +63,7 @@ class _Module(nnx.Module):
 
     def __call__(self, inputs: Array, tap: Tap) -> Array:
         *hidden, head = self.layers
-        activation = inputs
+        activation = tap(INPUTS, inputs)
         for i, layer in enumerate(hidden):
             activation = tap(f"layer{i + 1}", self.activation(layer(activation)))
         return head(activation)

@@ -161,7 +161,7 @@ class _Readings:
         return {
             **self.loss(key, params),
             "squared_distance": dot(moved, moved),
-            "accuracy": by_site[NETWORK.sites[0]]["accuracy"],
+            "accuracy": by_site[NETWORK.hidden_sites[0]]["accuracy"],
             **{f"iia {site}": read["iia"] for site, read in by_site.items()},
         }
 
@@ -225,7 +225,7 @@ def summarize(results: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         ("half the number of weights", f"{spectrum['dimension'] / 2:.1f}"),
     ]
-    for site in NETWORK.sites:
+    for site in NETWORK.hidden_sites:
         trained = results["alignment"]["sites"][site]["iia"]
         after = [
             f"{level['dials'][name]['sites'][site]['iia']:.3f} +- {level['dials'][name]['sites'][site]['iia_std_error']:.3f}"
@@ -390,7 +390,7 @@ def _align(
     fit_key, test_key, random_key = jax.random.split(key, 3)
     sizes = (config.alignment_size, config.alignment_size)
     examples = draw_counterfactuals(test_key, config.num_counterfactuals)
-    for i, site in enumerate(tqdm(NETWORK.sites, desc="alignments", unit="site", disable=not progress, leave=False)):
+    for i, site in enumerate(tqdm(NETWORK.hidden_sites, desc="alignments", unit="site", disable=not progress, leave=False)):
         fit = fit_alignment(
             jax.random.fold_in(fit_key, i),
             NETWORK,
@@ -444,7 +444,7 @@ def _degrade(
     loss_probe = LossProbe(loss_fn, data)
     fits = {
         site: Alignment(*(jnp.asarray(alignments[f"{kind}_{site}"]) for kind in ("rotation", "masks")))
-        for site in NETWORK.sites
+        for site in NETWORK.hidden_sites
     }
     probes = {site: InterchangeProbe(NETWORK, site, fit, examples) for site, fit in fits.items()}
     probe = _Readings(params, loss_probe, probes)

@@ -83,5 +83,7 @@ def test_a_patch_that_changes_nothing_has_no_dormant_share(examples):
 def test_unknown_variables_and_sites_are_named():
     with pytest.raises(InputError, match="the alignment has variables 0 to 1, but variable is 2"):
         plant(NETWORK, PARAMS, "layer1", TRUE, 2)
+    with pytest.raises(InputError, match="nothing can be planted at inputs"):
+        plant(NETWORK, PARAMS, "inputs", TRUE, 0)
     with pytest.raises(InputError, match="the network has no site 'layer7'"):
         plant(NETWORK, PARAMS, "layer7", TRUE, 0)

@@ -54,6 +54,14 @@ def test_activation_noise_has_its_size_at_its_sites_only_and_is_fresh_for_every_
     np.testing.assert_array_equal(degraded.damage(keys[0])("layer1", activation), activation)
 
 
+def test_activation_noise_spares_the_inputs_unless_they_are_named(key):
+    activation = jnp.ones((3, 4))
+    for sites, is_noisy in ((None, {"inputs": False, "layer1": True}), (("inputs",), {"inputs": True, "layer1": False})):
+        damaged = ActivationNoise(sites).draw(key, {"w": jnp.zeros(2)}, 0.3, num_chains=1, num_draws=1).damage(key)
+        for site, expected in is_noisy.items():
+            assert bool((damaged(site, activation) != activation).any()) == expected
+
+
 def test_probe_sees_damaged_activations_and_others_are_told_to(key):
     params = handcrafted_params(sharpness=1.0)
     examples = draw_counterfactuals(key, 500)

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from slt_interp.models.mlp import MLP
+from slt_interp.probes.interchange import Alignment, block_masks
 
 NETWORK = MLP((16, 16, 2, 2, 2))
 
@@ -28,3 +29,10 @@ def handcrafted_params(sharpness=1000.0):
         (np.array([[8, -8], [8, -8]]), np.array([-4, 4])),
     ]
     return {"layers": {i: {"kernel": jnp.float32(w), "bias": jnp.float32(b)} for i, (w, b) in enumerate(layers)}}
+
+
+def input_alignment():
+    """Return an exact alignment of the inputs of a network that is right: columns a - b, then c - d, then the sums."""
+    pair = np.kron(np.array([[1, 1], [-1, 1]]), np.eye(4)) / np.sqrt(2)
+    columns = [8 * p + 4 * kind + i for kind in range(2) for p in range(2) for i in range(4)]
+    return Alignment(jnp.float32(np.kron(np.eye(2), pair)[:, columns]), block_masks((4, 4), 16))

@@ -9,7 +9,7 @@ from slt_interp.probes.alignment import cayley, fit_alignment, fit_robust_alignm
 from slt_interp.probes.draws import over_draws
 from slt_interp.probes.interchange import Alignment, InterchangeProbe, block_masks
 from slt_interp.tasks.hierarchical_equality import draw_counterfactuals
-from tests.probes.handcrafted import NETWORK, handcrafted_params
+from tests.probes.handcrafted import NETWORK, handcrafted_params, input_alignment
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
@@ -39,6 +39,25 @@ def test_network_that_computes_nothing_has_no_alignment(key):
     fit = fit_alignment(key, network, network.init(key), "layer3", (8, 8), draw_counterfactuals, num_steps=50, num_restarts=2)
     # The best of 2 restarts on 4,096 examples of a coin: .5 + at most 4 binomial errors.
     assert fit.restart_iia.max() < 0.5 + 4 * 0.5 / np.sqrt(4096) + 0.02
+
+
+@pytest.mark.slow
+def test_restarts_at_the_inputs_miss_the_exact_alignment_and_a_refit_beside_it_does_not(key):
+    params, examples = handcrafted_params(sharpness=1.0), draw_counterfactuals(jax.random.fold_in(key, 1), 4096)
+
+    def iia(alignment):
+        return float(InterchangeProbe(NETWORK, "inputs", alignment, examples)(key, params)["iia"])
+
+    exact = input_alignment()
+    fit = fit_alignment(
+        key, NETWORK, params, "inputs", (4, 4), draw_counterfactuals, num_steps=300, num_restarts=20, batch_size=256
+    )
+    assert fit.restart_iia.shape == (20,)
+    assert iia(exact) > 0.99
+    assert fit.restart_iia.max() < 0.7
+    turned = exact._replace(rotation=exact.rotation @ cayley(0.02 * jax.random.normal(key, (16, 16))))
+    assert iia(turned) < 0.9
+    assert iia(refit_alignment(key, NETWORK, params, "inputs", turned, draw_counterfactuals, num_steps=300)) > 0.95
 
 
 def test_fit_is_kept_orthogonal(key):

@@ -10,7 +10,7 @@ from slt_interp.models.mlp import MLP
 from slt_interp.probes.interchange import Alignment, InterchangeProbe, block_masks, interchange
 from slt_interp.tasks.hierarchical_equality import draw_counterfactuals
 from tests.probes.handcrafted import NETWORK as HANDCRAFTED
-from tests.probes.handcrafted import handcrafted_params
+from tests.probes.handcrafted import handcrafted_params, input_alignment
 
 NETWORK = MLP((16, 16, 16, 16, 2))
 SIZES = (5, 3)
@@ -28,6 +28,15 @@ def test_handcrafted_network_has_interchange_accuracy_one_with_the_identity(key)
     measured = probe(key, handcrafted_params())
     assert float(measured["iia"]) == 1.0
     assert float(measured["accuracy"]) == 1.0
+
+
+def test_differences_of_the_inputs_carry_the_variables_of_a_network_that_is_right(key):
+    examples = draw_counterfactuals(key, 4096)
+    measured = InterchangeProbe(HANDCRAFTED, "inputs", input_alignment(), examples)(key, handcrafted_params())
+    assert float(measured["iia"]) == 1.0
+    # Both pairs whole are an exact alignment, too.
+    whole = Alignment(jnp.eye(16), block_masks((8, 8), 16))
+    assert float(InterchangeProbe(HANDCRAFTED, "inputs", whole, examples)(key, handcrafted_params())["iia"]) == 1.0
 
 
 def test_handcrafted_network_fails_with_the_variables_exchanged(key):
@@ -81,7 +90,7 @@ def test_definition_with_both_rotated_coordinates_written_out(setting):
 
 def test_bad_input_gets_one_clear_sentence(setting):
     params, alignment, examples = setting
-    with pytest.raises(ValueError, match="no site 'layer9': choose one of layer1, layer2, layer3"):
+    with pytest.raises(ValueError, match="no site 'layer9': choose one of inputs, layer1, layer2, layer3"):
         interchange(NETWORK, params, "layer9", alignment, examples)
     with pytest.raises(ValueError, match=r"map of shape \(8, 8\).*layer1 has width 16"):
         interchange(NETWORK, params, "layer1", Alignment(jnp.eye(8), jnp.ones((2, 8))), examples)

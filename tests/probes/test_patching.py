@@ -113,7 +113,7 @@ def test_probe_runs_over_draws_and_over_positions_of_a_transformer(key):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"site": "layer9"}, "the network has no site 'layer9': choose one of layer1, layer2"),
+        ({"site": "layer9"}, "the network has no site 'layer9': choose one of inputs, layer1, layer2"),
         ({"masks": jnp.ones((2, 3))}, "masks of shape (2, 3) do not fit the activation at layer1"),
         ({"source": jnp.ones((4, 5))}, "each of 30 base inputs needs its own source, but there are 4"),
     ],
