@@ -32,6 +32,7 @@ class Survival:
         rhat: of the candidate's effect at each level, over chains and draws.
         dormancy: the candidate's dormancy share at the weights themselves.
         ceiling: accuracy at the weights themselves.
+        localization: gamma of the posterior.
     """
 
     excess_loss: Float[_Array, " level"]
@@ -44,6 +45,7 @@ class Survival:
     rhat: Float[_Array, " level"]
     dormancy: float
     ceiling: float
+    localization: float
 
     @property
     def scaled(self) -> Float[_Array, " level"]:

@@ -6,11 +6,13 @@ units w that are constant on all inputs and that are read. A patch along u + w t
 the trained weights it has the candidate's accuracy, and nothing in the loss holds it.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float, Key
 
 from slt_interp.errors import InputError
 from slt_interp.models.mlp import MLP
@@ -26,12 +28,16 @@ class Planted(NamedTuple):
         params: its weights.
         genuine: the candidate's alignment in it.
         twin: the same with the planted variable's directions along u + w.
+        layer: whose units the twin is made of.
+        copies: of these, the units u.
     """
 
     network: MLP
     params: Params
     genuine: Alignment
     twin: Alignment
+    layer: int
+    copies: tuple[int, ...]
 
 
 def plant(network: MLP, params: Params, site: str, alignment: Alignment, variable: int) -> Planted:
@@ -97,7 +103,32 @@ def plant(network: MLP, params: Params, site: str, alignment: Alignment, variabl
         {"layers": weights},
         aligned(genuine, wider),
         aligned(np.concatenate([claimed, complete], axis=1), twin),
+        layer,
+        tuple(range(width, width + count)),
     )
+
+
+def released(key: Key[Array, ""], params: Params, layer: int, units: Sequence[int], localization: float, count: int) -> Params:
+    """Draw the incoming weights and biases of units that nothing reads from N(w*, 1 / localization), and leave all else.
+
+    That is the tempered posterior in the limit of large nbeta, but for directions along which other weights may move together.
+
+    Returns:
+        Weights with leading axes (count, 1), those of (chain, draw).
+
+    >>> params = {"layers": {0: {"kernel": jnp.zeros((2, 3)), "bias": jnp.zeros(3)}}}
+    >>> released(jax.random.key(0), params, 0, (1,), 4.0, 5)["layers"][0]["kernel"].shape
+    (5, 1, 2, 3)
+    """
+    part = params["layers"][layer]  # pyright: ignore[reportIndexIssue]
+    rows, where = len(part["kernel"]) + 1, jnp.array(units)
+    normal = jax.random.normal(key, (count, 1, rows, len(units))) / jnp.sqrt(localization)
+    repeated = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, 1, *x.shape)), params)
+    moved = {
+        "kernel": repeated["layers"][layer]["kernel"].at[..., where].add(normal[:, :, 1:]),
+        "bias": repeated["layers"][layer]["bias"].at[..., where].add(normal[:, :, 0]),
+    }
+    return {**repeated, "layers": {**repeated["layers"], layer: moved}}
 
 
 REACHED = 1e-6

@@ -16,7 +16,7 @@ from slt_interp.data import Counterfactuals
 from slt_interp.degradation.dials import TemperedPosterior
 from slt_interp.degradation.matching import BehaviorProbe, match_posterior
 from slt_interp.degradation.naturalness import Survival
-from slt_interp.degradation.planted import REACHED, Planted, plant
+from slt_interp.degradation.planted import REACHED, Planted, plant, released
 from slt_interp.estimators.volume import behavioral_kl
 from slt_interp.models.mlp import MLP
 from slt_interp.probes.alignment import random_rotations, refit_alignment
@@ -44,13 +44,15 @@ def measure_survival(
     matched: Draw,
     *,
     variable: int = 0,
-    localization: float = 10.0,
-    excess_losses: tuple[float, ...] = (0.002, 0.005, 0.01),
+    localization: float | None = None,
+    excess_losses: tuple[float, ...] = (0.002, 0.01),
     num_chains: int = 16,
     num_draws: int = 4,
-    num_burnin: int = 192,
-    thinning: int = 48,
+    num_burnin: int = 384,
+    thinning: int = 192,
     num_counterfactuals: int = 512,
+    answer: Callable[[MLP], Network] | None = None,
+    behavior: Callable[[MLP], Network] | None = None,
     progress: bool = True,
 ) -> Survival:
     """Measure a candidate circuit, its planted twin and random maps along the tempered posterior, for `naturalness`.
@@ -71,13 +73,18 @@ def measure_survival(
         swapped: counterfactuals that take the variable's value from any source.
         matched: counterfactuals whose sources have the base's value.
         variable: of the alignment, the one that is judged.
-        localization: gamma: 1 / gamma is the variance of every weight where the loss does not hold it.
+        localization: gamma: 1 / gamma is the variance of every weight where the loss does not hold it. If not given, the
+            largest of `LOCALIZATIONS` at which the twin is predicted to be dead (`released`): a larger one would hold it.
         excess_losses: rising, nats per example.
         num_chains: the unit of replication.
         num_draws: networks kept of each, at every excess loss.
         num_burnin: trajectories dropped of each.
         thinning: trajectories per draw.
         num_counterfactuals: examples of each kind on which effects are measured.
+        answer: for a network of several answers, takes the one that the circuit is claimed for: its class is that of the
+            causal model.
+        behavior: what of the outputs the loss is to keep, all of them if not given; restrict it to the answer to ask what that
+            alone holds.
         progress: whether to show progress bars.
 
     Returns:
@@ -86,11 +93,15 @@ def measure_survival(
     Raises:
         InputError: as `plant` and `match_posterior`.
     """
-    probe_key, dial_key, dormancy_key = jax.random.split(key, 3)
+    probe_key, dial_key, dormancy_key, release_key = jax.random.split(key, 4)
     planted = plant(network, params, site, alignment, variable)
-    probe = circuit_probe(probe_key, planted, site, variable, swapped, matched, num_counterfactuals)
-    behavior = BehaviorProbe.at(planted.network, planted.params, inputs)
-    loss_fn, reference = behavioral_kl(Untapped(planted.network), planted.params, inputs)
+    kept = planted.network if behavior is None else behavior(planted.network)
+    seen = planted.network if answer is None else answer(planted.network)
+    probe = circuit_probe(probe_key, planted, seen, site, variable, swapped, matched, num_counterfactuals)
+    excess = BehaviorProbe.at(kept, planted.params, inputs)
+    loss_fn, reference = behavioral_kl(Untapped(kept), planted.params, inputs)
+    if localization is None:
+        localization = _choose_localization(release_key, planted, probe)
     dial = TemperedPosterior(
         loss_fn,
         reference,
@@ -102,14 +113,14 @@ def measure_survival(
     )
     center = over_draws(probe_key, probe, jax.tree.map(lambda w: w[None, None], planted.params))
     examples = swapped(dormancy_key, num_counterfactuals)
-    dormancy = dormancy_share(planted.network, planted.params, site, probe.candidate, examples)
+    dormancy = dormancy_share(seen, planted.params, site, probe.candidate, examples)
     llc, levels = 0.5 * dimension(planted.params), []
     for i, excess_loss in enumerate(sorted(excess_losses, reverse=True)):
         found = match_posterior(
             jax.random.fold_in(dial_key, i),
             dial,
             planted.params,
-            behavior,
+            excess,
             excess_loss,
             llc=llc,
             num_chains=num_chains,
@@ -117,8 +128,10 @@ def measure_survival(
         )
         llc = max(found.level * found.excess_loss, 1.0)
         read = over_draws(probe_key, probe, found.degraded.params)
-        levels.insert(0, (found.excess_loss, {name: np.asarray(x, np.float64) for name, x in read.items()}))
-    return _to_survival(levels, float(dormancy), float(center["accuracy"][0, 0]))
+        levels.append((found.excess_loss, {name: np.asarray(x, np.float64) for name, x in read.items()}))
+    # Short chains may miss what was asked for by more than its steps.
+    levels.sort(key=lambda level: level[0])
+    return _to_survival(levels, float(dormancy), float(center["accuracy"][0, 0]), localization)
 
 
 @partial(
@@ -179,9 +192,16 @@ class CircuitProbe:
 
 
 def circuit_probe(
-    key: Key[Array, ""], planted: Planted, site: str, variable: int, swapped: Draw, matched: Draw, num_counterfactuals: int
+    key: Key[Array, ""],
+    planted: Planted,
+    network: Network,
+    site: str,
+    variable: int,
+    swapped: Draw,
+    matched: Draw,
+    num_counterfactuals: int,
 ) -> CircuitProbe:
-    """Make the probe of a candidate and its planted twin, with examples of its own.
+    """Make the probe of a candidate and its planted twin, with examples of its own; `network` gives the answer to look at.
 
     The candidate is refitted among the units that the network had before, the twin among those that were planted for it.
     """
@@ -190,7 +210,7 @@ def circuit_probe(
     twin_units = _reached(twin)
     rotations = random_rotations(keys[2], _NUM_RANDOM, len(twin.rotation))
     return CircuitProbe(
-        planted.network,
+        network,
         site,
         candidate,
         twin,
@@ -214,13 +234,25 @@ class Untapped:
         return self.network.apply(params, inputs)
 
 
+def _choose_localization(key: Key[Array, ""], planted: Planted, probe: CircuitProbe) -> float:
+    """Find the largest localization at which the twin's copies, free of all else, are predicted to have lost its effect."""
+    for localization in LOCALIZATIONS[:-1]:
+        moved = released(key, planted.params, planted.layer, planted.copies, localization, _NUM_RELEASED)
+        read = {name: float(x.mean()) for name, x in over_draws(key, probe, moved).items()}
+        if (read["twin"] - read["random"]) / (read["accuracy"] - read["random"]) < _DEAD:
+            return localization
+    return LOCALIZATIONS[-1]
+
+
 def _reached(alignment: Alignment) -> Float[Array, " width"]:
     """Tell which units the directions of an alignment reach into, 1 or 0."""
     size = jnp.abs(alignment.rotation * (alignment.masks.sum(axis=0) > 0)).max(axis=1)
     return (size > REACHED).astype(jnp.float32)
 
 
-def _to_survival(levels: list[tuple[float, dict[str, np.ndarray]]], dormancy: float, ceiling: float) -> Survival:
+def _to_survival(
+    levels: list[tuple[float, dict[str, np.ndarray]]], dormancy: float, ceiling: float, localization: float
+) -> Survival:
     """Take chain means, and the R-hat of the candidate's effect."""
     means = {name: np.array([read[name].mean(axis=1) for _, read in levels]) for name in levels[0][1]}
     names = ("effect", "twin", "random", "disturbance", "swap_disturbance", "accuracy")
@@ -230,7 +262,14 @@ def _to_survival(levels: list[tuple[float, dict[str, np.ndarray]]], dormancy: fl
         rhat=np.array([split_rhat(read["effect"]) if np.ptp(read["effect"]) > 0 else 1.0 for _, read in levels]),
         dormancy=dormancy,
         ceiling=ceiling,
+        localization=localization,
     )
 
 
+LOCALIZATIONS = (100.0, 30.0, 10.0, 3.0, 1.0, 0.3)
+"""Among which one is chosen; the last one if the twin is predicted to live at all."""
+
 _NUM_RANDOM, _REFIT_BATCH = 4, 256
+
+_NUM_RELEASED, _DEAD = 32, 0.4
+"""Draws of the prediction, and the twin's scaled effect below which it is dead, with a margin to the limit of a verdict."""

@@ -20,6 +20,7 @@ from slt_interp.data import Counterfactuals
 from slt_interp.degradation.cells import ENTITY_SIZE, SITE, VARIABLE, Answers, Cells, build_cells
 from slt_interp.degradation.dials import Degraded, TemperedPosterior
 from slt_interp.degradation.matching import BehaviorProbe, with_damage
+from slt_interp.degradation.planted import released
 from slt_interp.degradation.scores import scaled_effect
 from slt_interp.degradation.survival import Untapped
 from slt_interp.errors import InputError
@@ -263,19 +264,10 @@ def _posteriors(config: Config, params: Params, task: Answers, both: Answers, in
 
 
 def _prediction(key: Key[Array, ""], cells: Cells, probe: _CellProbe, localization: float, config: Config) -> dict[str, float]:
-    """Predict the planted illusion's effect where the loss holds all but its unit u, of whose weights it knows nothing.
-
-    They are drawn from N(w*, 1 / gamma), all else stays: the limit of large nbeta, but for directions along which other weights
-    may move together.
-    """
-    unit, count = cells.sources["planted"], config.num_chains * config.num_draws
-    layer = cells.params["layers"][1]  # pyright: ignore[reportIndexIssue]
-    normal = jax.random.normal(key, (count, len(layer["kernel"]) + 1)) / jnp.sqrt(localization)
-    kernels = jnp.broadcast_to(layer["kernel"], (count, *layer["kernel"].shape)).at[:, :, unit].add(normal[:, 1:])
-    biases = jnp.broadcast_to(layer["bias"], (count, *layer["bias"].shape)).at[:, unit].add(normal[:, 0])
-    moved = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), cells.params)
-    moved["layers"][1] = {"kernel": kernels, "bias": biases}
-    values = over_draws(key, probe, jax.tree.map(lambda x: x[:, None], moved))
+    """Predict the planted illusion's effect where the loss holds all but its unit u, of whose weights it knows nothing."""
+    count = config.num_chains * config.num_draws
+    moved = released(key, cells.params, 1, (cells.sources["planted"],), localization, count)
+    values = over_draws(key, probe, moved)
     read = {name: np.asarray(x, np.float64)[:, 0] for name, x in values.items()}
     scaled = scaled_effect(read["effect planted"], read["random planted"], read["accuracy"])
     return {"scaled": float(scaled.mean()), "std_error": float(scaled.std(ddof=1) / np.sqrt(count))}

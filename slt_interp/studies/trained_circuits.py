@@ -47,7 +47,7 @@ NETWORK = MLP((4 * ENTITY_SIZE, 16, 16, 2))
 SITE = "layer1"
 
 _SWAPPED = Interventions(MODELS["left equality"], ENTITY_SIZE)
-_COUNTERFACTUALS = partial(draw_counterfactuals, entity_size=ENTITY_SIZE)
+COUNTERFACTUALS = partial(draw_counterfactuals, entity_size=ENTITY_SIZE)
 _SMOOTHING = 0.04
 
 
@@ -62,7 +62,7 @@ def train_circuits(key: Key[Array, ""], num_networks: int, num_steps: int) -> Pa
         init_key, train_key = jax.random.split(key)
         params = NETWORK.init(init_key)
         trained = train_interchange(
-            train_key, NETWORK, params, SITE, _halves(), _COUNTERFACTUALS, num_steps=num_steps, label_smoothing=_SMOOTHING
+            train_key, NETWORK, params, SITE, halves(), COUNTERFACTUALS, num_steps=num_steps, label_smoothing=_SMOOTHING
         )
         return trained.params
 
@@ -84,8 +84,10 @@ def measure_trained(
     """Damage one network, with a twin planted in it, by every dial at every level; one draw of each chain."""
     data_key, probe_key, dial_key = jax.random.split(key, 3)
     data = FreshExamples(num_examples, ENTITY_SIZE)(data_key)
-    planted = plant(NETWORK, params, SITE, _halves(), 0)
-    probe = circuit_probe(probe_key, planted, SITE, 0, _SWAPPED, SameValue(0, ENTITY_SIZE), num_counterfactuals)
+    planted = plant(NETWORK, params, SITE, halves(), 0)
+    probe = circuit_probe(
+        probe_key, planted, planted.network, SITE, 0, _SWAPPED, SameValue(0, ENTITY_SIZE), num_counterfactuals
+    )
     behavior = BehaviorProbe.at(planted.network, planted.params, data["inputs"])
     loss_fn, reference = behavioral_kl(Untapped(planted.network), planted.params, data["inputs"])
 
@@ -125,7 +127,7 @@ def measure_trained(
     return {"center": {name: float(center[name].mean()) for name in names}, "dials": dials}, {}
 
 
-def _halves() -> Alignment:
+def halves() -> Alignment:
     """Half of the units for each variable."""
     width = NETWORK.widths[1]
     return Alignment(jnp.eye(width), block_masks((width // 2, width // 2), width))

@@ -35,6 +35,7 @@ def curves(seed=0, *, effect=0.97, twin=0.1, random=0.05, spread=0.03, disturban
         rhat=np.full(LEVELS, 1.01),
         dormancy=0.02,
         ceiling=1.0,
+        localization=10.0,
     )
 
 
