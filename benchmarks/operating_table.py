@@ -44,6 +44,7 @@ ILLUSIONS = ("planted", "pinned", "pinned, task's answer alone", "noisy", "null"
 class Config:
     """What is measured."""
 
+    kinds: tuple[str, ...] = (*CIRCUITS, *ILLUSIONS)
     num_networks: int = 4
     """Of each kind of circuit and illusion."""
     seed: int = 0
@@ -51,15 +52,23 @@ class Config:
     """Inputs on which behavior is to be kept."""
     num_chains: int = 16
     num_burnin: int = 384
-    thinning: int = 192
-    num_draws: int = 4
+    thinning: int = 48
+    num_draws: int = 16
     train_steps: int = 3000
     """Of every trained network."""
     search_steps: int = 1000
 
 
 SMOKE = Config(
-    num_networks=1, num_examples=64, num_chains=4, num_burnin=8, thinning=2, num_draws=2, train_steps=60, search_steps=20
+    kinds=("genuine",),
+    num_networks=1,
+    num_examples=64,
+    num_chains=4,
+    num_burnin=8,
+    thinning=2,
+    num_draws=2,
+    train_steps=60,
+    search_steps=20,
 )
 
 
@@ -67,7 +76,7 @@ def main(config: Config, out: Path) -> RunDirectory:
     """Run what is not finished yet."""
     run = open_run(out, {"benchmark": "operating_table", "settings": dataclasses.asdict(config)})
     cases = {}
-    for kind in (*CIRCUITS, *ILLUSIONS):
+    for kind in config.kinds:
         for i in range(config.num_networks):
             name = f"{kind} {i}".replace("'", "").replace(", ", " ")
             cases[name] = run.stage(name.replace(" ", "-"), lambda kind=kind, i=i: (_judge(config, kind, i), {}))[0]

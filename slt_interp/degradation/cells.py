@@ -7,12 +7,15 @@ values again. Beside what computes the answer, the second layer holds units that
 
 | cell | what carries the value | what a patch acts through | held by the loss |
 |---|---|---|---|
-| genuine | the unit of (a = b) | the same | yes |
+| genuine | the unit of (a = b) | the same | its sum with the copies below |
 | redundant | two units of (c = d) of half weight | the same | their sum |
 | planted | a copy u of (a = b) that nothing reads | a constant unit w that is read | no |
 | pinned | the same, but the second answer reads u | the same | u, by the second answer |
 | noisy | as planted | w varies a little with the inputs | no |
 | null | as planted | the difference of the two units of (c = d), always 0, which are read differently | no |
+
+A copy that nothing reads may come to be read in place of the original, at no cost: the more copies, the less is the genuine
+unit itself held. Sums that are held, not units, are what a loss knows.
 
 References:
     Makelov, Lange and Nanda (2023), Is this the subspace you are looking for? An interpretability illusion for subspace

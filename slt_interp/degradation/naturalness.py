@@ -25,11 +25,11 @@ class Survival:
         excess_loss: of the levels, rising, nats.
         effect: of the candidate, after a short refit from its frozen alignment (`EffectProbe`), (level, chain).
         twin: the same of its planted twin, on the same chains.
-        random: the same of random maps.
+        random: of random maps, not refitted.
         disturbance: of the candidate, nats.
         swap_disturbance: of the candidate, nats.
         accuracy: of the networks.
-        rhat: of the candidate's effect at each level, over chains and draws.
+        rhat: at each level, over chains and draws, the larger of those of the candidate's and the twin's effect.
         dormancy: the candidate's dormancy share at the weights themselves.
         ceiling: accuracy at the weights themselves.
         localization: gamma of the posterior.

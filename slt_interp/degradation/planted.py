@@ -111,7 +111,8 @@ def plant(network: MLP, params: Params, site: str, alignment: Alignment, variabl
 def released(key: Key[Array, ""], params: Params, layer: int, units: Sequence[int], localization: float, count: int) -> Params:
     """Draw the incoming weights and biases of units that nothing reads from N(w*, 1 / localization), and leave all else.
 
-    That is the tempered posterior in the limit of large nbeta, but for directions along which other weights may move together.
+    An approximation of the tempered posterior at large nbeta: the outgoing weights of these units stay at 0, and no other
+    weights move together. Drawn along, outgoing weights favor copies that say nothing: the posterior keeps less of a twin.
 
     Returns:
         Weights with leading axes (count, 1), those of (chain, draw).

@@ -16,13 +16,17 @@ class Interval(NamedTuple):
     high: float
 
 
-def scaled_effect(effect: _Array, random: _Array, accuracy: _Array) -> _Array:
-    """Compute F~ = (F - F_random) / (accuracy - F_random): 1 for a circuit that is all there, 0 for what any map does.
+def scaled_effect(
+    effect: Float[_Array, " chain"], random: Float[_Array, " chain"], accuracy: Float[_Array, " chain"]
+) -> Float[_Array, " chain"]:
+    """Compute F~ = (F - F_random) / (accuracy - F_random) of chain means: 1 for a circuit that is all there.
 
-    >>> float(scaled_effect(np.array(0.5), np.array(0.0), np.array(1.0)))
-    0.5
+    The denominator is taken over all chains, so that the mean over chains is a ratio of means.
+
+    >>> scaled_effect(np.array([0.5, 0.7]), np.zeros(2), np.ones(2)).tolist()
+    [0.5, 0.7]
     """
-    return (effect - random) / (accuracy - random)
+    return (effect - random) / (accuracy.mean() - random.mean())
 
 
 def auroc(genuine: Float[_Array, " network"], illusion: Float[_Array, " other"]) -> float:
@@ -38,52 +42,49 @@ def auroc(genuine: Float[_Array, " network"], illusion: Float[_Array, " other"])
 
 
 def bootstrapped_auroc(
-    genuine: Float[_Array, " network"],
-    illusion: Float[_Array, " network"],
-    rng: np.random.Generator,
-    *,
-    confidence: float = 0.95,
+    genuine: Float[_Array, " network"], illusion: Float[_Array, " network"], rng: np.random.Generator
 ) -> Interval:
-    """Compute `auroc` with a percentile interval over networks, each of which has both: they are drawn together.
+    """Compute `auroc` with a 95 % percentile interval over networks, each of which has both: they are drawn together.
 
-    Networks without one of the two (NaN) are left out. With all circuits above all illusions, every resampling says 1: the
-    lower end is then that of an exact binomial interval for the share of networks, (1 - confidence)^(1 / n) at n of n.
+    Networks without one of the two (NaN) are left out. Where nearly all circuits are above all illusions, resampling knows
+    nothing of the networks that were not seen: the interval reaches at least to that of Clopper and Pearson for n of n
+    networks, .025^(1 / n), and by symmetry at the other end.
 
     References:
-        Efron and Tibshirani (1993), An introduction to the bootstrap, section 13.3; Clopper and Pearson (1934).
+        Efron and Tibshirani (1993), An introduction to the bootstrap, section 13.3.
+        Clopper and Pearson (1934), The use of confidence or fiducial limits illustrated in the case of the binomial.
 
     >>> bootstrapped_auroc(np.ones(20), np.zeros(20), np.random.default_rng(0)).low.__round__(3)
-    0.861
+    0.832
     """
     has_both = np.isfinite(genuine) & np.isfinite(illusion)
     genuine, illusion = genuine[has_both], illusion[has_both]
     count = len(genuine)
+    value = auroc(genuine, illusion)
     if count < 2:
-        return Interval(auroc(genuine, illusion), float("nan"), float("nan"))
+        return Interval(value, float("nan"), float("nan"))
     drawn = rng.integers(0, count, (_RESAMPLINGS, count))
-    values = [auroc(genuine[chosen], illusion[chosen]) for chosen in drawn]
-    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
-    edge = (1 - confidence) ** (1 / count)
-    low, high = (edge if low == 1 else low), (1 - edge if high == 0 else high)
-    return Interval(auroc(genuine, illusion), float(low), float(high))
+    low, high = np.quantile([auroc(genuine[chosen], illusion[chosen]) for chosen in drawn], [0.025, 0.975])
+    edge = 0.025 ** (1 / count)
+    return Interval(value, float(min(low, edge)), float(max(high, 1 - edge)))
 
 
-def half_life(excess_loss: Float[_Array, " level"], curve: Float[_Array, " level"], start: float) -> float:
-    """Find the excess loss at which a curve has fallen to half of what it was at the weights themselves, inf if it never has.
+def half_life(excess_loss: Float[_Array, " level"], curve: Float[_Array, " level"]) -> float:
+    """Find the excess loss at which a scaled effect has fallen to a half, linear between levels in the log of the excess loss.
 
-    Between levels the curve is taken as linear in the logarithm of the excess loss; where it is below half at the first level,
-    that level is an upper bound, and is returned.
+    Returns:
+        inf if it never has, and 0 if it has at the first level: both are censored.
 
-    >>> half_life(np.array([0.01, 0.1]), np.array([0.75, 0.25]), 1.0).__round__(4)
+    >>> half_life(np.array([0.01, 0.1]), np.array([0.75, 0.25])).__round__(4)
     0.0316
     """
-    below = np.flatnonzero(curve <= start / 2)
+    below = np.flatnonzero(curve <= 0.5)
     if not len(below):
         return float("inf")
     i = int(below[0])
     if i == 0:
-        return float(excess_loss[0])
-    part = (curve[i - 1] - start / 2) / (curve[i - 1] - curve[i])
+        return 0.0
+    part = (curve[i - 1] - 0.5) / (curve[i - 1] - curve[i])
     return float(np.exp((1 - part) * np.log(excess_loss[i - 1]) + part * np.log(excess_loss[i])))
 
 

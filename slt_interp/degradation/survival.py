@@ -47,9 +47,9 @@ def measure_survival(
     localization: float | None = None,
     excess_losses: tuple[float, ...] = (0.002, 0.01),
     num_chains: int = 16,
-    num_draws: int = 4,
+    num_draws: int = 16,
     num_burnin: int = 384,
-    thinning: int = 192,
+    thinning: int = 48,
     num_counterfactuals: int = 512,
     answer: Callable[[MLP], Network] | None = None,
     behavior: Callable[[MLP], Network] | None = None,
@@ -93,11 +93,11 @@ def measure_survival(
     Raises:
         InputError: as `plant` and `match_posterior`.
     """
-    probe_key, dial_key, dormancy_key, release_key = jax.random.split(key, 4)
+    example_key, probe_key, dial_key, dormancy_key, release_key = jax.random.split(key, 5)
     planted = plant(network, params, site, alignment, variable)
     kept = planted.network if behavior is None else behavior(planted.network)
     seen = planted.network if answer is None else answer(planted.network)
-    probe = circuit_probe(probe_key, planted, seen, site, variable, swapped, matched, num_counterfactuals)
+    probe = circuit_probe(example_key, planted, seen, site, variable, swapped, matched, num_counterfactuals)
     excess = BehaviorProbe.at(kept, planted.params, inputs)
     loss_fn, reference = behavioral_kl(Untapped(kept), planted.params, inputs)
     if localization is None:
@@ -112,8 +112,10 @@ def measure_survival(
         progress=progress,
     )
     center = over_draws(probe_key, probe, jax.tree.map(lambda w: w[None, None], planted.params))
+    # In the network as it was: units planted beside it would count among those that do nothing.
+    plain, alone = network if answer is None else answer(network), alignment.masks[variable : variable + 1]
     examples = swapped(dormancy_key, num_counterfactuals)
-    dormancy = dormancy_share(seen, planted.params, site, probe.candidate, examples)
+    dormancy = dormancy_share(plain, params, site, Alignment(alignment.rotation, alone), examples)
     llc, levels = 0.5 * dimension(planted.params), []
     for i, excess_loss in enumerate(sorted(excess_losses, reverse=True)):
         found = match_posterior(
@@ -203,18 +205,21 @@ def circuit_probe(
 ) -> CircuitProbe:
     """Make the probe of a candidate and its planted twin, with examples of its own; `network` gives the answer to look at.
 
-    The candidate is refitted among the units that the network had before, the twin among those that were planted for it.
+    The candidate is refitted among the units that the network had before and the copies u, which the network may come to read
+    in their place; the twin among those that were planted for it. Random maps are those of the network before.
     """
     keys = jax.random.split(key, 3)
     candidate, twin = (Alignment(a.rotation, a.masks[variable : variable + 1]) for a in (planted.genuine, planted.twin))
     twin_units = _reached(twin)
-    rotations = random_rotations(keys[2], _NUM_RANDOM, len(twin.rotation))
+    width, before = len(twin.rotation), planted.copies[0]
+    rotations = jnp.broadcast_to(jnp.eye(width), (_NUM_RANDOM, width, width))
+    rotations = rotations.at[:, :before, :before].set(random_rotations(keys[2], _NUM_RANDOM, before))
     return CircuitProbe(
         network,
         site,
         candidate,
         twin,
-        1 - twin_units,
+        (jnp.arange(width) <= planted.copies[-1]).astype(jnp.float32),
         twin_units,
         Alignment(rotations, jnp.broadcast_to(candidate.masks, (_NUM_RANDOM, *candidate.masks.shape))),
         swapped(keys[0], num_counterfactuals),
@@ -234,11 +239,17 @@ class Untapped:
         return self.network.apply(params, inputs)
 
 
+def _rhat(effect: Float[np.ndarray, "chain draw"]) -> float:
+    """Compute R-hat; an effect that does not vary has none, and chains agree."""
+    return split_rhat(effect) if np.ptp(effect) > 0 else 1.0
+
+
 def _choose_localization(key: Key[Array, ""], planted: Planted, probe: CircuitProbe) -> float:
     """Find the largest localization at which the twin's copies, free of all else, are predicted to have lost its effect."""
     for localization in LOCALIZATIONS[:-1]:
-        moved = released(key, planted.params, planted.layer, planted.copies, localization, _NUM_RELEASED)
-        read = {name: float(x.mean()) for name, x in over_draws(key, probe, moved).items()}
+        draw_key, read_key = jax.random.split(key)
+        moved = released(draw_key, planted.params, planted.layer, planted.copies, localization, _NUM_RELEASED)
+        read = {name: float(x.mean()) for name, x in over_draws(read_key, probe, moved).items()}
         if (read["twin"] - read["random"]) / (read["accuracy"] - read["random"]) < _DEAD:
             return localization
     return LOCALIZATIONS[-1]
@@ -259,7 +270,7 @@ def _to_survival(
     return Survival(
         excess_loss=np.array([excess_loss for excess_loss, _ in levels]),
         **{name: means[name] for name in names},
-        rhat=np.array([split_rhat(read["effect"]) if np.ptp(read["effect"]) > 0 else 1.0 for _, read in levels]),
+        rhat=np.array([max(_rhat(read["effect"]), _rhat(read["twin"])) for _, read in levels]),
         dormancy=dormancy,
         ceiling=ceiling,
         localization=localization,
@@ -269,7 +280,7 @@ def _to_survival(
 LOCALIZATIONS = (100.0, 30.0, 10.0, 3.0, 1.0, 0.3)
 """Among which one is chosen; the last one if the twin is predicted to live at all."""
 
-_NUM_RANDOM, _REFIT_BATCH = 4, 256
+_NUM_RANDOM, _REFIT_BATCH = 4, 128
 
 _NUM_RELEASED, _DEAD = 32, 0.4
 """Draws of the prediction, and the twin's scaled effect below which it is dead, with a margin to the limit of a verdict."""

@@ -1,5 +1,6 @@
 """The report of the study `planted-illusion`: its sentences and figures, all computed from the run directory."""
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -61,7 +62,10 @@ SYMBOLS = (
         "γ, nβ",
         "localization and n times the inverse temperature of the posterior exp(−nβ L − γ |w − w*|² / 2), w* the weights at which it starts",
     ),
-    ("half-life", "excess loss at which F̃ has fallen to a half; censored if it has not at the last level"),
+    (
+        "half-life",
+        "excess loss at which F̃ has fallen to a half; censored if it has not at the last level, below at once if it has at the first",
+    ),
     ("R-hat", "agreement of the chains in a cell's effect; 1 is perfect"),
 )
 
@@ -79,30 +83,21 @@ def page(run: RunDirectory) -> Page:
 
 def findings(results: Results) -> tuple[str, ...]:
     """Answer the study's questions, one sentence each; what dials cannot do first."""
-    dials = results["dials"]
-    blind = [name for name, entry in dials.items() if _is_comparable(entry) and entry["auroc_low"] <= 0.5]
-    seeing = [name for name, entry in dials.items() if _is_comparable(entry) and entry["auroc_low"] > 0.5]
-    missing = [name for name, entry in dials.items() if not _is_comparable(entry)]
-    pinned = [name for name, entry in dials.items() if _is_comparable(entry) and entry["auroc_pinned_low"] > 0.5]
-    answers = [
-        f"Over {results['settings']['num_seeds']} networks built by hand, {_count(blind, 'dial')} of {len(dials)} do not tell the genuine circuit from the planted illusion (95 % "
-        f"interval of the AUROC down to chance): {_list_dials(blind)}.",
-    ]
-    if missing:
-        answers.append(
-            f"{_list_dials(missing).capitalize()} cannot be compared: {'it does' if len(missing) == 1 else 'they do'} not come near half of the excess losses, or cost too much accuracy there."
-        )
-    answers.append(
-        f"The pinned illusion, of which half is held by a second answer, is told from the genuine circuit by {_list_dials(pinned)}; the tempered posterior of the whole loss has an AUROC of "
-        f"{_auroc(dials['posterior'], '_pinned')}, that of the task's answer alone {_auroc(dials['posterior_restricted'], '_pinned')}."
+    dials, count = results["dials"], results["settings"]["num_seeds"]
+    comparable = {name: entry for name, entry in dials.items() if _is_comparable(entry)}
+    blind = [name for name, entry in comparable.items() if entry["auroc_low"] <= 0.5]
+    seeing = [name for name, entry in comparable.items() if entry["auroc_low"] > 0.5]
+    missing = [name for name in dials if name not in comparable]
+    pinned = [name for name, entry in comparable.items() if entry["auroc_pinned_low"] > 0.5]
+    return (
+        f"Over {count} networks built by hand, {len(blind)} of {len(dials)} dials do not tell the genuine circuit from the planted illusion (the 95 % interval of their AUROC reaches down to chance): "
+        f"{_list_dials(blind)}.",
+        f"{len(missing)} dials cannot be compared, since they do not come near half of the excess losses in 9 of 10 networks or cost too much accuracy there: {_list_dials(missing)}.",
+        f"The pinned illusion, of which half is held by a second answer, is told from the genuine circuit by {_list_dials(pinned)}. {_pinned_sentence(results)}",
+        f"The genuine circuit is told from the planted illusion by {_list_dials(seeing)}. {_posterior_sentence(results)}",
+        _prediction_sentence(results),
+        _trained_sentence(results),
     )
-    answers.append(
-        f"The genuine circuit is told from the planted illusion by {_list_dials(seeing)}; the tempered posterior has an AUROC of {_auroc(dials['posterior'], '')} and puts the circuit first in "
-        f"{show(dials['posterior']['paired'], '.0%')} of {dials['posterior']['num_networks']} networks."
-    )
-    answers.append(_prediction_sentence(results))
-    answers.append(_trained_sentence(results))
-    return tuple(answers)
 
 
 def _scores(results: Results) -> Section:
@@ -141,28 +136,33 @@ def _scores(results: Results) -> Section:
             for entry in (dials[name],)
         ),
     )
+    effects = [number(center[f"effect {cell}"]) for center in results["center"] for cell in CELLS]
     sentences = (
-        f"Every dial is set to the excess losses {listed([f'{level:g}' for level in results['settings']['levels']])} nats, and a network's score is the mean scaled effect over them. At the weights "
-        "themselves a patch along any of the four has the same effect.",
-        *(_quality_sentence(name, entry) for name, entry in dials.items() if name.startswith("posterior")),
+        f"Every dial is set to the excess losses {listed([f'{level:g}' for level in results['settings']['levels']])} nats, and a network's score is the mean scaled effect over those that 9 of 10 "
+        f"networks have. At the weights themselves patches along the four have effects between {min(effects):.3f} and {max(effects):.3f}.",
+        _restricted_sentence(results),
+        *(_quality_sentence(name, entry, results) for name, entry in dials.items() if name.startswith("posterior")),
     )
     return Section("What each dial tells apart", sentences, dial_figures.aurocs([dial_name(n) for n in order], panels), table)
 
 
 def _curves(results: Results) -> Section:
     curves = results["curves"]
-    shown = [name for name in results["dials"] if _is_comparable(results["dials"][name])]
     levels = np.array(results["settings"]["levels"])
-    panels = {dial_name(name): {cell: _mean_curve(levels, curves[name][cell]) for cell in CELLS} for name in shown}
-    first, last = (
-        {cell: _mean_curve(levels, curves["posterior"][cell])[1][i] for cell in ("genuine", "planted")} for i in (0, -1)
-    )
+    panels = {
+        dial_name(name): {cell: _mean_curve(levels, curves[name][cell]) for cell in CELLS}
+        for name, entry in results["dials"].items()
+        if _is_comparable(entry)
+    }
     sentences = (
-        f"Along the tempered posterior the genuine circuit keeps {first['genuine']:.2f} of its effect at {levels[0]:g} nats and {last['genuine']:.2f} at {levels[-1]:g}, the planted illusion "
-        f"{first['planted']:.2f} and {last['planted']:.2f}.",
-        "Points are means over networks; bars are two standard errors over them.",
+        *(
+            _fall_sentence(name, results)
+            for name in ("posterior", "posterior_restricted")
+            if _is_comparable(results["dials"][name])
+        ),
+        "Points are means over networks; bars are two standard errors over them. The more copies of a circuit there are, the less its own unit is held: the network may come to read a copy in its place.",
     )
-    return Section("Survival", sentences, dial_figures.survival_curves(panels, CELLS))
+    return Section("Survival", sentences, dial_figures.survival_curves(panels, CELLS) if panels else None)
 
 
 def _prediction(results: Results) -> Section:
@@ -172,10 +172,13 @@ def _prediction(results: Results) -> Section:
     def pair(name: str) -> np.ndarray:
         return np.array([[entry[name], entry[f"{name}_std_error"]] for entry in entries]).T
 
-    figure = dial_figures.predictions(gammas, {cell: pair(cell) for cell in CELLS}, pair("predicted"), CELLS)
+    figure = None
+    if entries:
+        figure = dial_figures.predictions(gammas, {cell: pair(cell) for cell in CELLS}, pair("predicted"), CELLS)
     sentences = (
         _prediction_sentence(results),
-        "The prediction draws the incoming weights of the copy that nothing reads from N(w*, 1/γ) and leaves all else: as the loss vanishes only these are free. It is no fit.",
+        "The prediction draws the incoming weights of the copy that nothing reads from N(w*, 1/γ) and leaves all else, with nothing fitted. It is an approximation for small losses: other weights are "
+        "free, too, and the copy's outgoing weights favor values that say nothing.",
     )
     return Section("What the localization does, predicted", sentences, figure)
 
@@ -183,16 +186,17 @@ def _prediction(results: Results) -> Section:
 def _half_lives(results: Results) -> Section:
     dials = {name: entry for name, entry in results["dials"].items() if _is_comparable(entry)}
     table = (
-        ("dial", *CELLS.values(), "censored (genuine and planted)"),
+        ("dial", "up to (nats)", *CELLS.values()),
         *(
-            (dial_name(name), *(_life(entry["half_life"][cell], results) for cell in CELLS), show(entry["censored"], ".0%"))
+            (dial_name(name), f"{entry['levels_used'][-1]:g}", *(_life(entry["half_lives"][cell]) for cell in CELLS))
             for name, entry in dials.items()
         ),
     )
-    sentences = (
-        f"Of the tempered posterior's half-lives {show(dials['posterior']['censored'], '.0%')} are censored: a score over all levels uses what they leave out."
-        if "posterior" in dials
-        else "The posterior cannot be compared.",
+    sentences = tuple(
+        f"Along the {dial_name(name)}, {show(entry['censored'], '.0%')} of the half-lives of genuine circuits and planted illusions are censored at the last level: a score over all levels uses what "
+        "they leave out."
+        for name, entry in dials.items()
+        if name == "posterior"
     )
     return Section("Half-lives (median excess loss, nats)", sentences, None, table)
 
@@ -219,19 +223,61 @@ def _trained(results: Results) -> Section:
     )
     sentences = (
         _trained_sentence(results),
-        "Circuits are put in by interchange training, twins planted afterwards; on every draw both alignments are refitted for 150 steps, each among its own units. An earlier checkpoint has no twin "
-        "that was planted later, so that checkpoints are no dial of this comparison.",
-        *(_quality_sentence(name, entry) for name, entry in trained["dials"].items() if name.startswith("posterior")),
+        "Circuits are put in by interchange training, twins planted afterwards; on every draw both alignments are refitted for a short while, the twin among its own units. An earlier checkpoint has "
+        "no twin that was planted later, so that checkpoints are no dial of this comparison.",
+        *(_quality_sentence(name, entry, results) for name, entry in trained["dials"].items() if name.startswith("posterior")),
     )
-    return Section("Trained circuits and their twins", sentences, dial_figures.survival_curves(panels, TRAINED_CELLS), table)
+    figure = dial_figures.survival_curves(panels, TRAINED_CELLS) if panels else None
+    return Section("Trained circuits and their twins", sentences, figure, table)
+
+
+def _pinned_sentence(results: Results) -> str:
+    whole, restricted = (_auroc(results["dials"][name], "_pinned") for name in ("posterior", "posterior_restricted"))
+    return f"AUROC of the tempered posterior of the whole loss: {whole}; of the task's answer alone: {restricted}."
+
+
+def _posterior_sentence(results: Results) -> str:
+    entry = results["dials"]["posterior"]
+    return (
+        f"AUROC of the tempered posterior at γ = {results['settings']['localizations'][0]:g}: {_auroc(entry, '')}; within a network it puts the circuit first in {show(entry['paired'], '.0%')} of "
+        f"{entry['num_networks']}."
+    )
+
+
+def _restricted_sentence(results: Results) -> str:
+    whole, restricted = (results["joint_loss"][name] for name in ("posterior", "posterior_restricted"))
+    return (
+        "The posterior of the task's answer alone is set to the levels in the KL of that answer; both answers together then lose "
+        f"{show(restricted[0], '.2g')} to {show(restricted[-1], '.2g')} nats, against {show(whole[0], '.2g')} to {show(whole[-1], '.2g')} for the posterior of the whole."
+    )
+
+
+def _fall_sentence(name: str, results: Results) -> str:
+    levels = np.array(results["settings"]["levels"])
+    shown, genuine, _ = _mean_curve(levels, results["curves"][name]["genuine"])
+    planted = _mean_curve(levels, results["curves"][name]["planted"])[1]
+    return (
+        f"Along the {dial_name(name)} the genuine circuit keeps {genuine[0]:.2f} of its effect at {shown[0]:g} nats and {genuine[-1]:.2f} at {shown[-1]:g}, the planted illusion {planted[0]:.2f} and "
+        f"{planted[-1]:.2f}."
+    )
 
 
 def _prediction_sentence(results: Results) -> str:
+    entries = results["prediction"]
+    if not entries:
+        return "At the mildest level the posterior cannot be compared with what is predicted of the planted illusion."
     parts = [
         f"{entry['planted']:.2f} ± {entry['planted_std_error']:.2f} at γ = {entry['localization']:g} (predicted {entry['predicted']:.2f} ± {entry['predicted_std_error']:.2f})"
-        for entry in results["prediction"]
+        for entry in entries
     ]
-    return f"How far an illusion falls is set by the localization: at {results['prediction'][0]['excess_loss']:g} nats the planted one keeps {listed(parts)}."
+    kept = [entry["planted"] for entry in entries]
+    rises = len(kept) > 1 and all(a < b for a, b in itertools.pairwise(kept))
+    head = (
+        "The weaker the localization, the further the planted illusion falls"
+        if rises
+        else "How far the planted illusion falls at each localization"
+    )
+    return f"{head}: at {entries[0]['excess_loss']:g} nats it keeps {listed(parts)}."
 
 
 def _trained_sentence(results: Results) -> str:
@@ -244,10 +290,13 @@ def _trained_sentence(results: Results) -> str:
     )
 
 
-def _quality_sentence(name: str, entry: Results) -> str:
+def _quality_sentence(name: str, entry: Results, results: Results) -> str:
+    settings = results["settings"]
+    chance = show(settings["rhat_above_limit_by_chance"], ".0%")
+    title = dial_name(name)
     return (
-        f"{dial_name(name).capitalize()}: excess losses within {show(entry['loss_error'], '.0%')} of the levels; R-hat of an effect {show(entry['rhat'], '.2f')} in the median and above 1.1 in "
-        f"{show(entry['rhat_above_limit'], '.0%')} of the runs."
+        f"{title[0].upper()}{title[1:]}: excess losses within {show(entry['loss_error'], '.0%')} of the levels; R-hat of an effect {show(entry['rhat'], '.2f')} in the median and above "
+        f"{settings['rhat_limit']:g} in {show(entry['rhat_above_limit'], '.0%')} of the runs (perfect chains of this length: {chance})."
     )
 
 
@@ -259,8 +308,10 @@ def _mean_curve(levels: np.ndarray, networks: list[list[Any]]) -> tuple[np.ndarr
     return levels[has], np.nanmean(values[:, has], axis=0), np.nanstd(values[:, has], axis=0, ddof=1) / np.sqrt(counts[has])
 
 
-def _life(value: float | None, results: Results) -> str:
-    return f"above {results['settings']['levels'][-1]:g}" if value is None else f"{value:.3g}"
+def _life(entry: Results) -> str:
+    if entry["median"] is not None:
+        return f"{entry['median']:.3g}"
+    return f"{show(entry['below_at_once'], '.0%')} below at once, {show(entry['censored'], '.0%')} censored"
 
 
 def _is_comparable(entry: Results) -> bool:
@@ -282,7 +333,3 @@ def _auroc(entry: Results, suffix: str) -> str:
 
 def _list_dials(names: list[str]) -> str:
     return listed([dial_name(name) for name in names])
-
-
-def _count(names: list[str], noun: str) -> str:
-    return f"{len(names)} {noun}" if len(names) == 1 else f"{len(names)} {noun}s"

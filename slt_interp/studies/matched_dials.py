@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Key
 from slt_interp.degradation.compression import LowRank, Pruning, Quantization, fisher_saliency
 from slt_interp.degradation.dials import ActivationNoise, Degraded, Dial, TemperedPosterior, WeightNoise
 from slt_interp.degradation.laplace import Laplace
-from slt_interp.degradation.matching import BehaviorProbe, match, match_posterior
+from slt_interp.degradation.matching import BehaviorProbe, Matched, match, match_posterior
 from slt_interp.degradation.scores import bootstrapped_auroc, half_life, scaled_effect
 from slt_interp.degradation.survival import Untapped
 from slt_interp.errors import InputError
@@ -91,10 +91,13 @@ def walk(
     counts = {"num_chains": num_chains, "num_draws": num_draws}
     found: dict[str, list[Reading | None]] = {name: [None] * len(levels) for name in (*posteriors, *rivals)}
 
-    def keep(name: str, i: int, matched: Any) -> None:
+    def keep(name: str, i: int, matched: Matched) -> None:
+        if not levels[i] / _REACHED <= matched.excess_loss <= levels[i] * _REACHED:
+            return
         found[name][i] = read(matched.degraded) | {
             "target": levels[i],
             "excess_loss": matched.excess_loss,
+            "std_error": matched.std_error,
             "level": matched.level,
         }
 
@@ -106,6 +109,9 @@ def walk(
             matched = match_posterior(level_key, posterior.dial, params, posterior.behavior, levels[i], llc=llc, **counts)
             llc = max(matched.level * matched.excess_loss, 1.0)
             keep(name, i, matched)
+            estimate = matched.degraded.estimate
+            if (reading := found[name][i]) is not None and estimate is not None:
+                reading["num_chains"] = estimate.diagnostics["num_chains_used"]
     for index, (name, dial) in enumerate(rivals.items()):
         rival_key = jax.random.fold_in(key, len(posteriors) + index)
         for i, level in enumerate(levels):
@@ -114,20 +120,20 @@ def walk(
             except InputError:
                 # Nowhere does the dial damage the network so little, or so much.
                 continue
-            if level / _REACHED <= matched.excess_loss <= level * _REACHED:
-                keep(name, i, matched)
+            keep(name, i, matched)
     return found
 
 
 def cell_reading(
     effect: Float[np.ndarray, "chain draw"], random: Float[np.ndarray, "chain draw"], accuracy: Float[np.ndarray, "chain draw"]
 ) -> dict[str, Any]:
-    """Take chain means: the scaled effect F~, the effect F, and the R-hat of the effect, where it varies and draws suffice."""
+    """Take chain means: F~, F and F of random maps, and the R-hat of F where it varies and draws suffice."""
     means = [values.mean(axis=1) for values in (effect, random, accuracy)]
     has_rhat = effect.shape[1] >= 4 and np.ptp(effect) > 0
     return {
         "scaled": np.round(scaled_effect(*means), 4),
         "effect": np.round(means[0], 4),
+        "random": np.round(means[1], 4),
         "rhat": split_rhat(effect) if has_rhat else None,
     }
 
@@ -160,8 +166,8 @@ def score_dials(
             "not_reached": 1 - len(present) / sum(map(len, readings)),
             "not_comparable": sum(not r["is_comparable"] for r in present) / max(1, len(present)),
             "loss_error": max((abs(r["excess_loss"] / r["target"] - 1) for r in present), default=None),
-            "rhat_above_limit": sum(rhat > _RHAT for rhat in rhats) / len(rhats) if rhats else None,
             "rhat": float(np.median(rhats)) if rhats else None,
+            "rhat_above_limit": sum(rhat > RHAT_LIMIT for rhat in rhats) / len(rhats) if rhats else None,
         }
     return {"dials": dials, "curves": curves}
 
@@ -171,41 +177,55 @@ def score_dial(
 ) -> dict[str, Any]:
     """Score one dial from the scaled effects of each cell, by network, level and chain.
 
-    A network's score for a cell is the mean over levels of the mean over chains; it needs half of the levels.
+    Scores are means over levels of means over chains, on one grid for all networks: the levels that at least 9 of 10 networks
+    have, if they are half of all; networks that miss one of them have no score.
     """
     means = {
         cell: np.array([[np.nan if chains is None else np.mean(chains) for chains in network] for network in networks])
         for cell, networks in curves.items()
     }
-    scores = {
-        cell: np.array([np.nanmean(m) if np.isfinite(m).sum() >= len(levels) / 2 else np.nan for m in values])
-        for cell, values in means.items()
-    }
-    entry: dict[str, Any] = {}
-    for suffix, over, under in (
-        ("", "genuine", "planted"),
-        ("_pinned", "genuine", "pinned"),
-        ("_redundant", "redundant", "planted"),
-    ):
+    common = np.isfinite(means["genuine"]).mean(axis=0) >= _COMMON
+    if common.sum() < len(levels) / 2:
+        common[:] = False
+    no_score = np.full(len(means["genuine"]), np.nan)
+    scores = {cell: values[:, common].mean(axis=1) if common.any() else no_score for cell, values in means.items()}
+    entry: dict[str, Any] = {"levels_used": levels[common]}
+    pairs = (("", "genuine", "planted"), ("_pinned", "genuine", "pinned"), ("_redundant", "redundant", "planted"))
+    for suffix, over, under in pairs:
         if over in scores and under in scores:
             interval = bootstrapped_auroc(scores[over], scores[under], rng)
-            entry |= {
-                f"auroc{suffix}": interval.value,
-                f"auroc{suffix}_low": interval.low,
-                f"auroc{suffix}_high": interval.high,
-            }
+            ends = zip(("", "_low", "_high"), interval, strict=True)
+            entry |= {f"auroc{suffix}{end}": value for end, value in ends}
     both = np.isfinite(scores["genuine"]) & np.isfinite(scores["planted"])
+    gaps = (scores["genuine"] - scores["planted"])[both]
     entry["num_networks"] = int(both.sum())
-    entry["paired"] = float(np.mean(scores["genuine"][both] > scores["planted"][both])) if both.any() else None
-    entry["score"] = {cell: float(np.nanmean(s)) if np.isfinite(s).any() else None for cell, s in scores.items()}
-    lives = {
-        cell: [half_life(levels[np.isfinite(m)], m[np.isfinite(m)], 1.0) for m in values if np.isfinite(m).any()]
-        for cell, values in means.items()
-    }
-    entry["half_life"] = {cell: float(np.median(x)) if x and np.isfinite(np.median(x)) else None for cell, x in lives.items()}
-    pooled = [*lives["genuine"], *lives["planted"]]
-    entry["censored"] = float(np.mean(np.isinf(pooled))) if pooled else None
+    entry["paired"] = float(np.mean(np.where(gaps == 0, 0.5, gaps > 0))) if both.any() else None
+    entry["score"] = {cell: float(s[both].mean()) if both.any() else None for cell, s in scores.items()}
+    entry["half_lives"] = {cell: _half_lives(levels[common], values[:, common][both]) for cell, values in means.items()}
+    censored = [entry["half_lives"][cell]["censored"] for cell in ("genuine", "planted")]
+    entry["censored"] = float(np.mean(censored)) if both.any() else None
     return entry
+
+
+def _half_lives(levels: Float[np.ndarray, " level"], curves: Float[np.ndarray, "network level"]) -> dict[str, Any]:
+    """Take the median over networks, and the shares that are below half already at the first level and not yet at the last."""
+    lives = np.array([half_life(levels, curve) for curve in curves])
+    if not len(lives):
+        return {"median": None, "below_at_once": None, "censored": None}
+    median = float(np.median(lives))
+    return {
+        "median": median if 0 < median < np.inf else None,
+        "below_at_once": float(np.mean(lives == 0)),
+        "censored": float(np.mean(np.isinf(lives))),
+    }
+
+
+def rhat_by_chance(num_chains: int, num_draws: int, seed: int) -> float | None:
+    """Find in which share of runs the R-hat of white noise is above the limit: what must be expected of perfect chains."""
+    if num_draws < 4:
+        return None
+    noise = np.random.default_rng(seed).normal(size=(_NUM_NOISE, num_chains, num_draws))
+    return float(np.mean([split_rhat(series) > RHAT_LIMIT for series in noise]))
 
 
 _BRACKETS = {
@@ -226,5 +246,8 @@ _REACHED = 1.5
 LOWEST_ACCURACY = 0.9
 """Networks that keep a smaller share of their accuracy are not compared."""
 
+RHAT_LIMIT = 1.1
+
+_COMMON = 0.9
 _LAPLACE_NBETA = 1e3
-_RHAT = 1.1
+_NUM_NOISE = 500

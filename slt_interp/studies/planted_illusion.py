@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Array, Float, Key
 from tqdm.auto import tqdm
 
@@ -34,14 +35,15 @@ from slt_interp.storage import Arrays, RunDirectory
 from slt_interp.studies.matched_dials import (
     LOWEST_ACCURACY,
     REFERENCE,
+    RHAT_LIMIT,
     Posterior,
     Reading,
     cell_reading,
     make_rivals,
+    rhat_by_chance,
     score_dials,
     walk,
 )
-from slt_interp.studies.networks import SmoothedCrossEntropy
 from slt_interp.studies.study import Study, check_ranges
 from slt_interp.studies.trained_circuits import TRAINED_CELLS, measure_trained, train_circuits
 from slt_interp.taps import NO_DAMAGE, Damage, Network, damaged_runs
@@ -139,8 +141,9 @@ def check(config: Config) -> None:
     check_ranges(config, ranges)
     if not (len(config.levels) >= 2 and all(np.diff(config.levels) > 0) and config.levels[0] > 0):
         raise InputError(f"levels must be two or more positive numbers that rise, but is {config.levels}: change --levels")
-    if not config.localizations or not all(0 < gamma < np.inf for gamma in config.localizations):
-        raise InputError(f"localizations must be positive numbers, but is {config.localizations}: change --localizations")
+    gammas = config.localizations
+    if not gammas or not all(0 < gamma < np.inf for gamma in gammas) or len(set(gammas)) < len(gammas):
+        raise InputError(f"localizations must be different positive numbers, but is {gammas}: change --localizations")
 
 
 def compute(config: Config, run: RunDirectory, progress: bool) -> dict[str, Any]:
@@ -153,6 +156,8 @@ def compute(config: Config, run: RunDirectory, progress: bool) -> dict[str, Any]
     return {
         "settings": _settings(config),
         **score_dials(config.levels, [network["dials"] for network in found], CELLS, config.seed),
+        "center": [network["center"] for network in found],
+        "joint_loss": _joint_losses(config, found),
         "prediction": _predictions(config, found),
         "trained": trained,
     }
@@ -173,16 +178,22 @@ def summarize(results: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _settings(config: Config) -> dict[str, Any]:
     names = ("num_seeds", "num_chains", "num_draws", "num_examples", "num_counterfactuals", "localizations")
-    return {"levels": list(config.levels), **{name: getattr(config, name) for name in names}}
+    by_chance = rhat_by_chance(config.num_chains, config.num_draws, config.seed)
+    return {
+        "levels": list(config.levels),
+        **{name: getattr(config, name) for name in names},
+        "rhat_limit": RHAT_LIMIT,
+        "rhat_above_limit_by_chance": by_chance,
+    }
 
 
 def _network(key: Key[Array, ""], config: Config, index: int) -> tuple[dict[str, Any], Arrays]:
     """Damage one network by every dial at every level."""
     cells = build_cells(np.random.default_rng((config.seed, index)))
-    data_key, probe_key, dial_key = jax.random.split(key, 3)
+    data_key, example_key, probe_key, dial_key, label_key, release_key = jax.random.split(key, 6)
     data = FreshExamples(config.num_examples, ENTITY_SIZE)(data_key)
     task, both = Answers(cells.network), Answers(cells.network, joint=True)
-    probe = _probe(probe_key, config, cells, data["inputs"])
+    probe = _probe(example_key, config, cells, data["inputs"])
     undamaged = over_draws(probe_key, probe, jax.tree.map(lambda w: w[None, None], cells.params))
     center = {name: float(x[0, 0]) for name, x in undamaged.items()}
 
@@ -192,15 +203,28 @@ def _network(key: Key[Array, ""], config: Config, index: int) -> tuple[dict[str,
         accuracy = values["accuracy"]
         return {
             "accuracy": accuracy.mean(),
+            "joint_loss": values["loss"].mean(),
             "is_comparable": bool(accuracy.mean() >= LOWEST_ACCURACY * center["accuracy"]),
             "cells": {cell: cell_reading(values[f"effect {cell}"], values[f"random {cell}"], accuracy) for cell in CELLS},
         }
 
-    labels = SmoothedCrossEntropy(task, 0.0)
+    def label_loss(params: Params, batch: dict[str, Array]) -> Float[Array, ""]:
+        logits = both.apply(params, batch["inputs"])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"]).mean()
+
+    # Of labels that the network itself gives, for both answers: their mean square gradient is the Fisher information.
+    drawn = jax.random.categorical(label_key, both.apply(cells.params, data["inputs"]))
     dials = walk(
         dial_key,
         _posteriors(config, cells.params, task, both, data["inputs"]),
-        make_rivals(both, cells.params, data["inputs"], config.localizations[0], labels, data),
+        make_rivals(
+            both,
+            cells.params,
+            data["inputs"],
+            config.localizations[0],
+            label_loss,
+            data | {"labels": drawn},
+        ),
         cells.params,
         BehaviorProbe.at(both, cells.params, data["inputs"]),
         config.levels,
@@ -208,7 +232,10 @@ def _network(key: Key[Array, ""], config: Config, index: int) -> tuple[dict[str,
         num_chains=config.num_chains,
         num_draws=config.num_draws,
     )
-    predicted = {f"{gamma:g}": _prediction(data_key, cells, probe, gamma, config) for gamma in config.localizations}
+    predicted = {
+        f"{gamma:g}": _prediction(jax.random.fold_in(release_key, i), cells, probe, gamma, config)
+        for i, gamma in enumerate(config.localizations)
+    }
     return {"center": center, "dials": dials, "prediction": predicted}, {}
 
 
@@ -221,7 +248,15 @@ def _trained(key: Key[Array, ""], config: Config, run: RunDirectory, progress: b
     for i in tqdm(range(config.num_trained), desc="trained networks", unit="network", disable=not progress):
         settings = {
             name: getattr(config, name)
-            for name in ("num_examples", "num_counterfactuals", "localizations", "num_chains", "burnin", "thinning")
+            for name in (
+                "num_examples",
+                "num_counterfactuals",
+                "localizations",
+                "num_chains",
+                "num_draws",
+                "burnin",
+                "thinning",
+            )
         }
         measured = partial(measure_trained, keys[i + 1], jax.tree.map(lambda w, i=i: w[i], params), levels=levels, **settings)
         found.append(run.stage(f"trained{i}", measured)[0])
@@ -266,11 +301,23 @@ def _posteriors(config: Config, params: Params, task: Answers, both: Answers, in
 def _prediction(key: Key[Array, ""], cells: Cells, probe: _CellProbe, localization: float, config: Config) -> dict[str, float]:
     """Predict the planted illusion's effect where the loss holds all but its unit u, of whose weights it knows nothing."""
     count = config.num_chains * config.num_draws
-    moved = released(key, cells.params, 1, (cells.sources["planted"],), localization, count)
-    values = over_draws(key, probe, moved)
+    draw_key, read_key = jax.random.split(key)
+    moved = released(draw_key, cells.params, 1, (cells.sources["planted"],), localization, count)
+    values = over_draws(read_key, probe, moved)
     read = {name: np.asarray(x, np.float64)[:, 0] for name, x in values.items()}
     scaled = scaled_effect(read["effect planted"], read["random planted"], read["accuracy"])
-    return {"scaled": float(scaled.mean()), "std_error": float(scaled.std(ddof=1) / np.sqrt(count))}
+    return {"scaled": float(scaled.mean())}
+
+
+def _joint_losses(config: Config, found: list[dict[str, Any]]) -> dict[str, Any]:
+    """Say what each posterior does to both answers together: that of the task's answer alone is set to levels of its own KL."""
+    return {
+        name: [
+            float(np.mean([r["joint_loss"] for r in column if r is not None])) if any(column) else None
+            for column in zip(*(network["dials"][name] for network in found), strict=True)
+        ]
+        for name in (REFERENCE, RESTRICTED)
+    }
 
 
 def _predictions(config: Config, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -279,11 +326,14 @@ def _predictions(config: Config, found: list[dict[str, Any]]) -> list[dict[str, 
     for gamma in config.localizations:
         name = REFERENCE if gamma == config.localizations[0] else f"{REFERENCE}_gamma_{gamma:g}"
         predicted = np.array([network["prediction"][f"{gamma:g}"]["scaled"] for network in found])
-        mildest = [network["dials"][name][0]["cells"] for network in found]
+        mildest = [network["dials"][name][0] for network in found]
+        has = np.array([reading is not None and reading["is_comparable"] for reading in mildest])
+        if has.sum() < 2:
+            continue
         entry: dict[str, Any] = {"localization": gamma, "excess_loss": config.levels[0]}
         for label, values in (
-            ("predicted", predicted),
-            *((cell, np.array([np.mean(cells[cell]["scaled"]) for cells in mildest])) for cell in CELLS),
+            ("predicted", predicted[has]),
+            *((cell, np.array([np.mean(r["cells"][cell]["scaled"]) for r in mildest if r is not None])) for cell in CELLS),
         ):
             entry |= {label: values.mean(), f"{label}_std_error": values.std(ddof=1) / np.sqrt(len(values))}
         entries.append(entry)

@@ -78,15 +78,16 @@ def measure_trained(
     localizations: Sequence[float],
     levels: Sequence[float],
     num_chains: int,
+    num_draws: int,
     burnin: int,
     thinning: int,
 ) -> tuple[dict[str, Any], Arrays]:
-    """Damage one network, with a twin planted in it, by every dial at every level; one draw of each chain."""
-    data_key, probe_key, dial_key = jax.random.split(key, 3)
+    """Damage one network, with a twin planted in it, by every dial at every level; see the settings of the study."""
+    data_key, example_key, probe_key, dial_key = jax.random.split(key, 4)
     data = FreshExamples(num_examples, ENTITY_SIZE)(data_key)
     planted = plant(NETWORK, params, SITE, halves(), 0)
     probe = circuit_probe(
-        probe_key, planted, planted.network, SITE, 0, _SWAPPED, SameValue(0, ENTITY_SIZE), num_counterfactuals
+        example_key, planted, planted.network, SITE, 0, _SWAPPED, SameValue(0, ENTITY_SIZE), num_counterfactuals
     )
     behavior = BehaviorProbe.at(planted.network, planted.params, data["inputs"])
     loss_fn, reference = behavioral_kl(Untapped(planted.network), planted.params, data["inputs"])
@@ -121,7 +122,7 @@ def measure_trained(
         levels,
         read,
         num_chains=num_chains,
-        num_draws=1,
+        num_draws=num_draws,
     )
     names = ("accuracy", "effect", "twin")
     return {"center": {name: float(center[name].mean()) for name in names}, "dials": dials}, {}
