@@ -27,7 +27,7 @@ from slt_interp.bases import Base, FloatGrid
 from slt_interp.data import Batch
 from slt_interp.errors import InputError
 from slt_interp.estimators.descents import ROUNDING, Descents, combine, conclude
-from slt_interp.estimators.volume_estimate import VolumeEstimate, check_thresholds
+from slt_interp.estimators.volume_estimate import VolumeEstimate, check_labels, check_thresholds
 from slt_interp.estimators.walks import GridWalk, Particle, Reflective
 from slt_interp.posterior import LocalPosterior, LossFn, check_target
 from slt_interp.samplers.chains import chain_mesh, choose_block_size
@@ -94,6 +94,8 @@ def subset_simulation(
     init_loss = float(_loss(walk.target, walk.target.position(params), data))
     if not np.isfinite(init_loss):
         raise InputError(f"the loss is not finite at params, but {init_loss}: check loss_fn there")
+    if labels is not None:
+        check_labels(labels, params)
     mesh = chain_mesh(num_seeds)
     descend = partial(
         _descend,
