@@ -15,6 +15,7 @@ import pytest
 from slt_interp import cli
 from slt_interp.errors import InputError
 from slt_interp.report import hierarchical_equality as report
+from slt_interp.report.basin_volume import volume_sentences
 from slt_interp.report.render import render
 from slt_interp.storage import RunDirectory, read_run
 from slt_interp.studies import PRESETS, STUDIES
@@ -152,6 +153,22 @@ def test_polish_lowers_loss_and_gradient(smoke):
     assert polish["grad_norm_after"] < polish["grad_norm_before"]
 
 
+def test_gaussian_volume_is_recomputed_from_the_kept_eigenvalues(smoke):
+    run = read_run(smoke[0])
+    volume, values = run.results["volume"], run.arrays("spectrum")["ritz_values"][0]
+    # Half the squares of the weights' distances, in units of the base, times the curvatures: by draws of the base.
+    draws = np.random.default_rng(0).normal(size=(20_000, len(values))) ** 2
+    losses = draws @ np.maximum(values, 0.0) * volume["base_scale"] ** 2 / 2
+    for threshold, predicted in zip(volume["thresholds"], volume["gaussian"], strict=True):
+        share = np.mean(losses <= threshold)
+        error = np.sqrt(np.exp(predicted) * -np.expm1(predicted) / len(losses))
+        assert abs(share - np.exp(predicted)) < 4 * error + 1e-9
+    seeds = np.array(volume["subset"]["per_seed"])
+    np.testing.assert_allclose(volume["subset"]["log_volume"], seeds.mean(axis=0))
+    between = seeds.std(axis=0, ddof=1) / np.sqrt(len(seeds))
+    assert np.all(np.array(volume["subset"]["std_error"]) >= between * (1 - 1e-9))
+
+
 # Every sentence is computed: change a result and its sentence changes.
 
 
@@ -206,6 +223,63 @@ def test_dial_comparison_is_decided_by_its_errors(smoke):
     for level in levels:
         level["estimate"]["status"] = "do not trust"
     assert "nothing can be said" in sentence()
+
+
+def with_volumes(results):
+    """Give results of tempering at one of two thresholds, and errors of 1 nat."""
+    results = copy.deepcopy(results)
+    volume = results["volume"]
+    assert len(volume["thresholds"]) == 2
+    volume["gaussian"] = [-3.0, -1.0]
+    volume["subset"] |= {"log_volume": [-40.0, -20.0], "std_error": [1.0, 1.0], "status": "ok", "warnings": []}
+    volume["tempering"] = {"log_volume": [-22.0], "std_error": [1.0], "status": "ok", "warnings": []}
+    return results
+
+
+def test_sentences_about_the_volume_follow_from_its_numbers(smoke):
+    results = with_volumes(read_run(smoke[0]).results)
+    volume = results["volume"]
+
+    def sentences():
+        return " ".join(volume_sentences(results))
+
+    low, high = volume["thresholds"]
+    for part in (
+        f"within {low:g} nats of L* (ln V = -3.0); subset simulation finds 4.2e-18 (ln V = -40.0 ± 1.0), 37.0 ± 1.0 nats less.",
+        f"rises by {20 / np.log(high / low):.1f} per unit of ln ε; the Gaussian's by {2 / np.log(high / low):.1f}.",
+        "agrees with subset simulation at the 1 thresholds that both reach",
+        f"at most 1.4 standard errors apart (2.0 ± 1.4 nats at {high:g}).",
+    ):
+        assert part in sentences()
+    assert volume_sentences(results)[0] in report.findings(results)
+    volume["tempering"]["log_volume"] = [-25.0]
+    assert "disagrees with subset simulation" in sentences()
+    volume["gaussian"][0] = -38.0
+    assert "(ln V = -40.0 ± 1.0), within 3 standard errors of that" in sentences()
+    volume["gaussian"][0] = -50.0
+    assert "10.0 ± 1.0 nats more" in sentences()
+    volume["tempering"] |= {"log_volume": [None], "std_error": [None], "status": "refused", "warnings": ["no way"]}
+    assert "have no threshold in common" in sentences()
+    assert "Tempering: refused. Warning of tempering: no way." in sentences()
+    volume["tempering"] = None
+    assert "No second route was gone" in sentences()
+    volume["subset"] |= {"log_volume": [None, None], "std_error": [None, None], "status": "refused"}
+    assert "gives no volume at any threshold" in volume_sentences(results)[0]
+    assert "Subset simulation: refused." in sentences()
+
+
+@pytest.mark.parametrize("is_refused", [False, True])
+def test_volumes_stand_in_the_report(smoke, tmp_path, is_refused):
+    copied = tmp_path / "run"
+    shutil.copytree(smoke[0], copied)
+    results = with_volumes(RunDirectory(copied).results)
+    if is_refused:
+        results["volume"]["tempering"] |= {"log_volume": [None], "std_error": [None]}
+    (copied / "results.json").write_text(json.dumps(results))
+    html = render(copied).read_text()
+    assert "-40.0 ± 1.0" in html
+    assert "not asked" in html
+    assert ("refused" if is_refused else "-22.0 ± 1.0") in html
 
 
 def test_warnings_stand_in_the_report(smoke, tmp_path):
@@ -302,6 +376,9 @@ def test_report_opens_in_a_browser_with_all_figures_visible(smoke, tmp_path):
         (("run", STUDY, "--llc-draws", "0"), "llc_draws must lie between 8 and inf"),
         (("run", STUDY, "--train-steps", "0"), "train_steps must lie between 1 and inf"),
         (("run", STUDY, "--alignment-size", "9"), "alignment_size must lie between 1 and 8, but is 9"),
+        (("run", STUDY, "--volume-thresholds", "1", "0.5"), "thresholds must be a list of positive increasing numbers"),
+        (("run", STUDY, "--volume-tempered", "-1"), "volume_tempered must lie between 0 and inf, but is -1"),
+        (("run", STUDY, "--volume-chains", "5"), "volume_chains must be even, but is 5"),
         (("run", STUDY, "--seed", "-1"), "seed must lie between 0 and"),
     ],
 )

@@ -94,6 +94,7 @@ class Ladder:
         params: the weights of the draws, (rung, chain, draw, ...), if they were kept.
         num_lost: chains that became non-finite and are left out.
         gradients_per_chain: all gradients that a chain took.
+        labels: of the draws, if `temper` was given any.
     """
 
     nbetas: Float[np.ndarray, " rung"]
@@ -110,6 +111,7 @@ class Ladder:
     params: Params | None
     num_lost: int
     gradients_per_chain: float
+    labels: Int[np.ndarray, "rung chain draw"] | None = None
 
     def __str__(self) -> str:
         num_rungs, num_chains, num_draws = self.loss.shape
@@ -224,18 +226,37 @@ class Ladder:
         thresholds = np.atleast_1d(np.asarray(thresholds, np.float64))
         if not (np.all(thresholds > 0) and np.all(np.diff(thresholds) > 0)):
             raise InputError(f"thresholds must be positive and increasing, nats above the loss at params, but are {thresholds}")
-        values = []
         if not self.reaches(thresholds[0]):
             raise InputError(
                 f"hardly a draw at nbeta {self.nbetas[-1]:.4g} lies below the threshold {thresholds[0]:.3g}: raise max_nbeta"
             )
-        for threshold in thresholds + self.init_loss - self.lowest_loss:
-            inside = self._losses <= threshold
-            volume, error = self._pooled.log_mass(inside)
-            pair = [family.log_mass(inside[:, members])[0] for family, members in self._families]
-            gap = abs(pair[0] - pair[1])
-            values.append((volume, max(error, gap / 2), gap, self._saddle_point(threshold)))
+        levels = thresholds + self.init_loss - self.lowest_loss
+        values = [(*self._log_mass(self._losses <= level), self._saddle_point(level)) for level in levels]
         return LogVolume(thresholds, *np.array(values).T)
+
+    def log_volume_by_label(
+        self, thresholds: Sequence[float] | Float[np.ndarray, " threshold"]
+    ) -> dict[int, tuple[Float[np.ndarray, " threshold"], Float[np.ndarray, " threshold"]]]:
+        """Split the mass of {L <= L(w*) + threshold} among the labels of the draws (volume per hypothesis).
+
+        Args:
+            thresholds: as for `log_volume`.
+
+        Returns:
+            For every label seen, log volumes and standard errors, nats; -inf and NaN where no draw with the label lies below
+            the threshold, and an infinite error where only one of the families has such draws.
+
+        Raises:
+            InputError: if `temper` was given no labels.
+        """
+        if self.labels is None:
+            raise InputError("the draws have no labels: call temper(labels=...)")
+        levels = np.atleast_1d(np.asarray(thresholds, np.float64)) + self.init_loss - self.lowest_loss
+        found = {}
+        for name in np.unique(self.labels):
+            masses = [self._log_mass((self._losses <= level) & (self.labels == name))[:2] for level in levels]
+            found[int(name)] = tuple(np.array(masses).T)
+        return found
 
     def reaches(self, threshold: float) -> bool:
         """Whether enough of the coldest rung's draws lie below a threshold, nats above the loss at the weights."""
@@ -273,6 +294,13 @@ class Ladder:
     def _error(self, series: Float[np.ndarray, "chain draw"]) -> float:
         first, second = (series[chains].mean() for _, chains in self._families)
         return max(std_error(series), abs(first - second) / 2)
+
+    def _log_mass(self, inside: Bool[np.ndarray, "rung chain draw"]) -> tuple[float, float, float]:
+        """Estimate the log mass of a set of draws, its standard error, and the difference between the families."""
+        value, error = self._pooled.log_mass(inside)
+        first, second = (family.log_mass(inside[:, members])[0] for family, members in self._families)
+        gap = abs(first - second) if first > -np.inf or second > -np.inf else np.nan
+        return value, max(error, gap / 2), gap
 
     def _saddle_point(self, threshold: float) -> float:
         """Invert Z(s) / s at its saddle: log V = log Z + N eps - log N - log(2 pi (Var + 1 / N^2)) / 2."""

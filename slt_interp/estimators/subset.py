@@ -18,17 +18,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int, Key, PyTree
 from tqdm.auto import tqdm
 
 from slt_interp.bases import Base, FloatGrid
 from slt_interp.data import Batch
 from slt_interp.errors import InputError
 from slt_interp.estimators.descents import ROUNDING, Descents, combine, conclude
-from slt_interp.estimators.volume_estimate import VolumeEstimate, check_thresholds
+from slt_interp.estimators.volume_estimate import VolumeEstimate, check_labels, check_thresholds
 from slt_interp.estimators.walks import GridWalk, Particle, Reflective
 from slt_interp.posterior import LocalPosterior, LossFn, check_target
-from slt_interp.samplers.chains import choose_block_size
+from slt_interp.samplers.chains import chain_mesh, choose_block_size
 from slt_interp.tree import Params, check_key
 
 
@@ -51,7 +53,7 @@ def subset_simulation(
     """Estimate log volumes by subset simulation from independent seeds, in rounds until errors are small.
 
     Cost of a round: num_seeds * num_particles * num_moves * 8 steps for each 1.6 nats of log volume; a step is one loss, and
-    a gradient and a second loss where the path meets the level.
+    a gradient and a second loss where the path meets the level. Seeds are spread over as many devices as divide their number.
 
     Args:
         key: typed PRNG key.
@@ -92,16 +94,19 @@ def subset_simulation(
     init_loss = float(_loss(walk.target, walk.target.position(params), data))
     if not np.isfinite(init_loss):
         raise InputError(f"the loss is not finite at params, but {init_loss}: check loss_fn there")
+    if labels is not None:
+        check_labels(labels, params)
+    mesh = chain_mesh(num_seeds)
     descend = partial(
         _descend,
-        walk,
-        data,
+        jax.device_put((walk, data), NamedSharding(mesh, P())),
+        mesh=mesh,
         init_loss=init_loss,
         thresholds=thresholds,
         labels=labels,
         num_particles=num_particles,
         num_moves=num_moves,
-        block_size=_choose_block_size(walk.target, params, data, num_seeds * num_particles),
+        block_size=_choose_block_size(walk.target, params, data, num_seeds // mesh.size * num_particles),
     )
     rounds: list[Descents] = []
     with tqdm(desc="subset simulation", unit="level", disable=not progress, leave=False) as bar:
@@ -151,10 +156,10 @@ _FITTING, _SMALL_LOSS_BLOCK = 16, 100
 
 
 def _descend(
-    walk: Reflective | GridWalk,
-    data: Batch,
+    shared: tuple[Reflective | GridWalk, Batch],
     keys: Key[Array, " seed"],
     *,
+    mesh: jax.sharding.Mesh,
     init_loss: float,
     thresholds: np.ndarray,
     labels: Callable[[Params], Array] | None,
@@ -166,7 +171,7 @@ def _descend(
     num_seeds = len(keys)
     shape = (num_seeds, len(thresholds))
     found = Descents(np.full(shape, np.nan), np.full(shape, np.nan), np.full(shape, np.nan), {}, np.inf, 0, 0, np.nan)
-    particles = _begin(walk, data, keys, num_particles=num_particles, block_size=block_size)
+    particles = _begin(shared, keys, num_particles=num_particles, block_size=block_size, mesh=mesh)
     steps = jnp.full(num_seeds, _FIRST_STEP)
     families = np.tile(np.arange(num_particles), (num_seeds, 1))
     above, total = np.full(num_seeds, np.inf), np.zeros((3, num_seeds))
@@ -180,7 +185,7 @@ def _descend(
         levels = np.array([_next_level(row) for row in losses])
         below = levels.astype(np.float64) - init_loss
         read = [(int(s), t) for s in np.flatnonzero(active) for t, e in enumerate(thresholds) if below[s] < e <= above[s]]
-        names = _labels(walk, particles.position, labels=labels) if labels is not None and read else None
+        names = _labels(shared[0], particles.position, labels=labels) if labels is not None and read else None
         for s, t in read:
             inside = excess[s] <= thresholds[t]
             if not inside.any():
@@ -204,15 +209,13 @@ def _descend(
         if not active.any() or depth == _MAX_LEVELS - 1:
             break
         above = below
+        depth_keys = jax.vmap(lambda key, depth=depth: jax.random.fold_in(key, depth + 1))(keys)
         particles, families, steps, progress = _advance(
-            walk,
-            data,
-            jax.vmap(lambda key, depth=depth: jax.random.fold_in(key, depth + 1))(keys),
-            particles,
-            jnp.asarray(levels),
-            steps,
+            shared,
+            (depth_keys, particles, jnp.asarray(levels), steps),
             num_moves=num_moves,
             block_size=block_size,
+            mesh=mesh,
         )
         families = np.asarray(families)
         shares.append(float(np.mean(progress)))
@@ -225,28 +228,44 @@ def _descend(
 _FIRST_STEP = 0.7
 
 
-@partial(jax.jit, static_argnames=("num_particles", "block_size"))
+@partial(jax.jit, static_argnames=("num_particles", "block_size", "mesh"))
 def _begin(
-    walk: Reflective | GridWalk, data: Batch, keys: Key[Array, " seed"], *, num_particles: int, block_size: int
-) -> Particle:
-    flat = jax.vmap(partial(jax.random.split, num=num_particles))(keys).ravel()
-    particles = jax.lax.map(lambda key: walk.sample(key, data), flat, batch_size=block_size)
-    return jax.tree.map(lambda x: x.reshape(len(keys), num_particles, *x.shape[1:]), particles)
-
-
-@partial(jax.jit, static_argnames=("num_moves", "block_size"))
-def _advance(
-    walk: Reflective | GridWalk,
-    data: Batch,
+    shared: tuple[Reflective | GridWalk, Batch],
     keys: Key[Array, " seed"],
-    particles: Particle,
-    levels: Float[Array, " seed"],
-    steps: Float[Array, " seed"],
+    *,
+    num_particles: int,
+    block_size: int,
+    mesh: jax.sharding.Mesh,
+) -> Particle:
+    def begin(shared: tuple, keys: Key[Array, " seed"]) -> Particle:
+        walk, data = shared
+        flat = jax.vmap(partial(jax.random.split, num=num_particles))(keys).ravel()
+        particles = _in_blocks(lambda key: walk.sample(key, data), flat, block_size)
+        return jax.tree.map(lambda x: x.reshape(len(keys), num_particles, *x.shape[1:]), particles)
+
+    return _on_devices(begin, mesh)(shared, keys)
+
+
+@partial(jax.jit, static_argnames=("num_moves", "block_size", "mesh"))
+def _advance(
+    shared: tuple[Reflective | GridWalk, Batch],
+    seeds: tuple[Key[Array, " seed"], Particle, Float[Array, " seed"], Float[Array, " seed"]],
     *,
     num_moves: int,
     block_size: int,
+    mesh: jax.sharding.Mesh,
 ) -> tuple[Particle, Int[Array, "seed particle"], Float[Array, " seed"], Float[Array, " seed"]]:
-    """Copy survivors to full number, and move all of them below the new levels; also say whose copies they are."""
+    """Copy survivors to full number, and move all of them below the new levels; also say whose copies they are.
+
+    `seeds` are keys, particles, levels and steps.
+    """
+    return _on_devices(partial(_advance_some, num_moves=num_moves, block_size=block_size), mesh)(shared, seeds)
+
+
+def _advance_some(shared: tuple, seeds: tuple, *, num_moves: int, block_size: int) -> tuple:
+    """Do the work of `_advance` for the seeds of one device."""
+    walk, data = shared
+    keys, particles, levels, steps = seeds
     num_seeds, num_particles = particles.loss.shape
 
     def copy(key: Key[Array, ""], particles: Particle, level: Array) -> tuple[Particle, Array]:
@@ -264,7 +283,7 @@ def _advance(
         each = jax.vmap(partial(jax.random.split, num=num_particles))(keys)
         settings = (jnp.broadcast_to(x[:, None], each.shape) for x in (levels, steps))
         flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (each, particles, *settings))
-        moved, progress = jax.lax.map(one, flat, batch_size=block_size)
+        moved, progress = _in_blocks(one, flat, block_size)
         particles = jax.tree.map(lambda x: x.reshape(num_seeds, num_particles, *x.shape[1:]), moved)
         progress = jnp.mean(progress.reshape(num_seeds, num_particles), axis=1)
         # Common to a seed's particles, and so almost independent of each.
@@ -275,6 +294,16 @@ def _advance(
     particles, families = jax.vmap(copy)(all_keys[0], particles, levels)
     (particles, steps), progress = jax.lax.scan(move, (particles, steps), all_keys[1:])
     return particles, families, steps, progress[-1]
+
+
+def _in_blocks(function: Callable[[Any], Any], xs: PyTree[Array], block_size: int) -> Any:
+    """Map over particles. One alone is not vectorized: then it takes a gradient only where its path meets the level."""
+    return jax.lax.map(function, xs, batch_size=None if block_size == 1 else block_size)
+
+
+def _on_devices(function: Callable[[Any, Any], Any], mesh: jax.sharding.Mesh) -> Callable[[Any, Any], Any]:
+    """Spread a function of (what is shared, what is each seed's) over the devices of a mesh."""
+    return jax.shard_map(function, mesh=mesh, check_vma=False, in_specs=(P(), P("chain")), out_specs=P("chain"))
 
 
 @jax.jit

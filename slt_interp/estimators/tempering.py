@@ -4,19 +4,21 @@ The rungs, their metrics and steps are those of `place_rungs`; two families of c
 the trained weights, run on them and never meet.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import numpy as np
-from jaxtyping import Array, Key
+from jaxtyping import Array, Int, Key
 
 from slt_interp.bases import BASES, Base
 from slt_interp.data import Batch
 from slt_interp.errors import InputError
 from slt_interp.estimators.ladder import Ladder
 from slt_interp.estimators.rungs import BURNIN_PER_RUNG, Families, joined, place_rungs
+from slt_interp.estimators.volume_estimate import check_labels
 from slt_interp.posterior import LocalPosterior, LossFn, check_target
-from slt_interp.samplers.exchange import keep_rungs, keep_rungs_and_params
+from slt_interp.samplers.exchange import keep_rungs
 from slt_interp.tree import Params, check_key, dimension
 
 
@@ -31,6 +33,7 @@ def temper(
     num_chains: int = 8,
     num_draws: int = 400,
     keep_params: bool = False,
+    labels: Callable[[Params], Int[Array, ""]] | None = None,
     progress: bool = True,
     checkpoint: str | Path | None = None,
 ) -> Ladder:
@@ -49,6 +52,7 @@ def temper(
         num_chains: chains, an even number: half start at draws of the base, half at `params`.
         num_draws: steps of the whole ladder that are kept.
         keep_params: keep the weights of every rung and draw: they are what probes need, and memory.
+        labels: `(params) -> int`, computed on every draw, splits volumes; see `Ladder.log_volume_by_label`.
         progress: whether to show progress bars.
         checkpoint: a directory for draws and resumption, as in `sample`.
 
@@ -78,6 +82,8 @@ def temper(
         raise InputError(f"num_chains must be even and at least 4, but is {num_chains}: two families need an error each")
     target = LocalPosterior(loss_fn, params, float(max_nbeta), base)
     check_target(target, params, data)
+    if labels is not None:
+        check_labels(labels, target.position(params))
     # The whole loss, as the chains see it: it need not be a mean over examples.
     init_loss = float(target.loss(target.position(params), data))
     if not np.isfinite(init_loss):
@@ -93,12 +99,10 @@ def temper(
         kernel,
         num_draws=num_draws,
         num_burnin=BURNIN_PER_RUNG * num_rungs,
-        collect=(keep_rungs_and_params if keep_params else keep_rungs)(kernel.target),
+        collect=keep_rungs(kernel.target, keep_params=keep_params, labels=labels),
         checkpoint=folder and folder / "run",
     )
     readings = joined(runs, lambda draws: draws.collected)
-    if keep_params:
-        readings, kept = readings
 
     def by_rung(array: np.ndarray) -> np.ndarray:
         return np.moveaxis(array, 2, 0)
@@ -117,7 +121,8 @@ def temper(
         lowest_loss=float(min(init_loss, loss.min())),
         base=base,
         dimension=dimension(params),
-        params=jax.tree.map(by_rung, kept) if keep_params else None,
+        params=jax.tree.map(by_rung, readings.params),
         num_lost=num_chains - sum(sizes),
         gradients_per_chain=spent + float(np.mean([draws.num_gradients.mean() for draws in runs])),
+        labels=jax.tree.map(by_rung, readings.labels),
     )

@@ -11,7 +11,7 @@ The loss is any scalar function of the weights: `behavioral_kl` makes the one th
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -29,7 +29,7 @@ from slt_interp.estimators.llc import DO_NOT_TRUST, OK
 from slt_interp.estimators.rays import ray_volume
 from slt_interp.estimators.subset import subset_simulation
 from slt_interp.estimators.tempering import temper
-from slt_interp.estimators.volume_estimate import REFUSED, VolumeEstimate, check_thresholds, rounding_warnings
+from slt_interp.estimators.volume_estimate import REFUSED, VolumeEstimate, check_labels, check_thresholds, rounding_warnings
 from slt_interp.posterior import LocalPosterior, LossFn, check_target
 from slt_interp.samplers.chains import chain_mesh, sample
 from slt_interp.samplers.hmc import HMC
@@ -59,7 +59,7 @@ def estimate_volume(
         thresholds: the eps, nats above the loss at params (or the loss's units), positive and increasing.
         base: `Gaussian`, `Box`, `Ball`, or for the number of configurations of a floating-point format `FloatGrid`.
         method: "tempering", "subset", "rays" or "gaussian".
-        labels: `(params) -> int`, computed on draws, splits the volume (volume per hypothesis); for "subset".
+        labels: `(params) -> int`, computed on draws, splits the volume (volume per hypothesis); for "tempering" and "subset".
         progress: whether to show a progress bar.
 
     Returns:
@@ -78,10 +78,12 @@ def estimate_volume(
         return subset_simulation(key, loss_fn, params, data, thresholds, base=base, labels=labels, progress=progress)
     if isinstance(base, FloatGrid):
         raise InputError(f"a FloatGrid counts numbers, which only method='subset' does, but method is {method!r}")
-    if labels is not None:
-        raise InputError(f"labels split the particles of method='subset', but method is {method!r}: leave one of them out")
     if method == "tempering":
-        return tempered_volume(key, loss_fn, params, data, thresholds, base=base, progress=progress)
+        return tempered_volume(key, loss_fn, params, data, thresholds, base=base, labels=labels, progress=progress)
+    if labels is not None:
+        raise InputError(
+            f"labels split draws, which 'tempering' and 'subset' make, but method is {method!r}: leave one of them out"
+        )
     if method == "rays":
         return ray_volume(key, loss_fn, params, data, thresholds, base=base)
     if method == "gaussian":
@@ -97,6 +99,7 @@ def tempered_volume(
     thresholds: Any,
     *,
     base: Base,
+    labels: Callable[[Params], Int[Array, ""]] | None = None,
     num_chains: int = 8,
     num_draws: int = 400,
     progress: bool = True,
@@ -108,6 +111,8 @@ def tempered_volume(
     """
     check_key(key)
     thresholds = check_thresholds(thresholds)
+    if labels is not None:
+        check_labels(labels, params)
     probe_key, ladder_key = jax.random.split(key)
     max_nbeta = _coldest(probe_key, LocalPosterior(loss_fn, params, 1 / thresholds[0], base), params, data, progress)
     ladder = temper(
@@ -119,6 +124,7 @@ def tempered_volume(
         max_nbeta=max_nbeta,
         num_chains=num_chains,
         num_draws=num_draws,
+        labels=labels,
         progress=progress,
     )
     reached = np.array([ladder.reaches(threshold) for threshold in thresholds])
@@ -147,9 +153,15 @@ def tempered_volume(
             "ladder: call temper(num_draws=..., max_nbeta=...) with more"
         )
     refused = far | uneven | (ladder.exchange.min() < _MIN_EXCHANGE)
-    log_volume, std_error = np.full((2, len(thresholds)), np.nan)
-    log_volume[reached] = np.where(refused, np.nan, found.log_volume)
-    std_error[reached] = np.where(refused, np.nan, found.std_error)
+
+    def given(values: np.ndarray) -> np.ndarray:
+        """Put values at the thresholds that were reached among all, without those that are refused."""
+        wide = np.full(len(thresholds), np.nan)
+        wide[reached] = np.where(refused, np.nan, values)
+        return wide
+
+    log_volume, std_error = given(found.log_volume), given(found.std_error)
+    split = {} if labels is None else ladder.log_volume_by_label(thresholds[reached])
     return VolumeEstimate(
         thresholds,
         log_volume,
@@ -166,28 +178,39 @@ def tempered_volume(
             "round_trips_per_chain": ladder.round_trips,
             "saddle_point": found.saddle_point.tolist(),
         },
+        by_label={name: (given(value), given(error)) for name, (value, error) in split.items()},
     )
 
 
 def _coldest(key: Key[Array, ""], target: LocalPosterior, params: Params, data: Batch, progress: bool) -> float:
-    """Choose the coldest rung: twice (1 + LLC) / eps, beyond the saddle point, with the LLC of a short run at 1 / eps."""
+    """Choose the coldest rung: twice (1 + LLC) / eps, beyond the saddle point, with the LLC of a short run there.
+
+    The first run is at the nbeta of `target`, 1 / eps. Where the LLC rises with nbeta, as in a network, others follow.
+    """
     check_target(target, params, data)
     init_loss = float(target.loss(target.position(params), data))
-    draws = sample(
-        key,
-        HMC(target, 0.1),
-        params,
-        FullBatch(data),
-        num_chains=4,
-        num_warmup=200,
-        num_draws=50,
-        mesh=chain_mesh(4),
-        progress=progress,
-    )
-    energy = float(target.nbeta) * (float(draws.loss[draws.is_finite].mean()) - init_loss)
-    return 2 * (1 + max(0.0, energy)) * float(target.nbeta)
+    coldest = threshold_nbeta = float(target.nbeta)
+    for look in range(_MAX_LOOKS):
+        nbeta = coldest
+        draws = sample(
+            jax.random.fold_in(key, look),
+            HMC(replace(target, nbeta=nbeta), 0.1),
+            params,
+            FullBatch(data),
+            num_chains=4,
+            num_warmup=200,
+            num_draws=50,
+            mesh=chain_mesh(4),
+            progress=progress,
+        )
+        energy = nbeta * (float(draws.loss[draws.is_finite].mean()) - init_loss)
+        coldest = max(nbeta, 2 * (1 + max(0.0, energy)) * threshold_nbeta)
+        if coldest <= _SETTLED * nbeta:
+            break
+    return coldest
 
 
+_MAX_LOOKS, _SETTLED = 6, 1.2
 _MAX_GAP, _MAX_SADDLE_GAP, _MIN_EXCHANGE = 2.0, 1.0, 0.05
 
 

@@ -1,12 +1,16 @@
 """What an estimate of basin volumes is, whatever the method: numbers, what they count, and a verdict in words."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
 from slt_interp.errors import InputError
+from slt_interp.tree import Params
 
 REFUSED = "refused"
 
@@ -72,6 +76,19 @@ def check_thresholds(thresholds: Any) -> Float[np.ndarray, " threshold"]:
             f"thresholds must be a list of positive increasing numbers, nats above the loss at params, but is {values.tolist()}"
         )
     return values
+
+
+def check_labels(labels: Callable[[Params], Array], params: Params) -> None:
+    """Raise InputError unless `labels` makes one integer of weights.
+
+    >>> check_labels(lambda w: jnp.argmax(w), jnp.zeros(3))
+    """
+    found = jax.tree.leaves(jax.eval_shape(labels, params))
+    if len(found) != 1 or found[0].shape or not (jnp.issubdtype(found[0].dtype, jnp.integer) or found[0].dtype == bool):
+        shapes = ", ".join(f"{x.dtype}{list(x.shape)}" for x in found)
+        raise InputError(
+            f"labels must turn weights into one integer, but gives {shapes}: number the hypotheses, as by jnp.where"
+        )
 
 
 def rounding_warnings(thresholds: Float[np.ndarray, " threshold"], init_loss: float) -> list[str]:

@@ -156,14 +156,43 @@ def eigenvalues(values: Numbers, resolved: float, rounding: float) -> Figure:
     return figure
 
 
-def volume_curve(thresholds: Numbers, log_volume: Numbers) -> Figure:
-    """Plot the log volume of the sublevel set over the threshold, from the Gaussian alone."""
-    figure, (axes,) = axes_grid(1)
-    axes.plot(
-        thresholds, log_volume, color=PREDICTED, linestyle="--", label="Gaussian prediction (provisional: no sampled value yet)"
-    )
-    axes.set(xscale="log", xlabel=r"threshold $\epsilon$ (nats above $L^*$)", ylabel=r"$\ln V(\epsilon)$ (nats)")
-    axes.legend()
+@dataclass(frozen=True)
+class SampledVolume:
+    """Log volumes of one method.
+
+    Attributes:
+        thresholds, log_volume, std_error: (threshold,).
+        predicted: (threshold,), by the Gaussian.
+        per_seed: (seed, threshold), or without seeds (0, threshold).
+    """
+
+    thresholds: Numbers
+    log_volume: Numbers
+    std_error: Numbers
+    predicted: Numbers
+    per_seed: Float[np.ndarray, "seed threshold"]
+
+
+def volume_curve(predicted: tuple[Numbers, Numbers], sampled: Mapping[str, SampledVolume]) -> Figure:
+    """Plot the log volume of the sublevel set over the threshold, and beside it what is sampled less the Gaussian.
+
+    Args:
+        predicted: thresholds and log volumes of the Gaussian.
+        sampled: by one method or two; bars are two standard errors, and dashes are seeds.
+    """
+    figure, (left, right) = axes_grid(2)
+    left.plot(*predicted, color=PREDICTED, linestyle="--", label="Hessian (Gaussian)")
+    right.axhline(0.0, color=PREDICTED, linestyle="--")
+    for (label, found), (color, mark) in zip(sampled.items(), ((SAMPLED, "o"), (RIVAL, "s")), strict=False):
+        for axes, origin in ((left, 0.0), (right, found.predicted)):
+            settings: Any = {"color": color, "markersize": 4, "capsize": 3, "label": label}
+            axes.errorbar(found.thresholds, found.log_volume - origin, 2 * found.std_error, fmt=mark, **settings)
+        right.plot(found.thresholds, (found.per_seed - found.predicted).T, "_", color=color, alpha=0.5, markersize=8)
+    left.set(ylabel=r"$\ln V(\epsilon)$ (nats)", title="Volume")
+    right.set(ylabel="nats", title="Sampled less Gaussian")
+    for axes in (left, right):
+        axes.set(xscale="log", xlabel=r"threshold $\epsilon$ (nats above $L^*$)")
+    left.legend()
     return figure
 
 

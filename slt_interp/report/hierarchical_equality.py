@@ -1,6 +1,5 @@
 """The report of the study `hierarchical-equality`: its sentences and figures, all computed from the run directory."""
 
-from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -8,6 +7,7 @@ import numpy as np
 from slt_interp.curvature.gaussian import gaussian_llc
 from slt_interp.estimators.llc import OK
 from slt_interp.report import figures
+from slt_interp.report.basin_volume import volume_section, volume_sentences
 from slt_interp.report.page import Page, Section
 from slt_interp.report.words import number, show
 from slt_interp.storage import RunDirectory
@@ -40,6 +40,7 @@ SYMBOLS = (
         "alignment",
         "a rotation of a layer's activations, and the 8 directions each that are claimed to carry (a = b) and (c = d)",
     ),
+    ("V(ε)", "share of N(w*, 1/γ) whose loss is at most L* + ε: the volume of the basin"),
     ("rank", "number of Hessian eigenvalues above a threshold"),
 )
 
@@ -52,7 +53,7 @@ def page(run: RunDirectory) -> Page:
         _llc(results, run),
         _against_hessian(results, run),
         _spectrum(results, run),
-        _volume(results, run),
+        volume_section(results, run),
         _degradation(results),
     )
     return Page(
@@ -72,6 +73,7 @@ def findings(results: Results) -> tuple[str, ...]:
         f"{estimate['localization']:g} ({_status(estimate)}), {_compare(estimate, spectrum)}.",
         _rank_sentence(spectrum),
     ]
+    answers += volume_sentences(results)[:1]
     answers += [_survival_sentence(results, site) for site in results["alignment"]["sites"]]
     return tuple(answers)
 
@@ -200,21 +202,6 @@ def _spectrum(results: Results, run: RunDirectory) -> Section:
     return Section("Eigenvalues of the Hessian", sentences, figure, table)
 
 
-def _volume(results: Results, run: RunDirectory) -> Section:
-    arrays, spectrum = run.arrays("spectrum"), results["spectrum"]
-    thresholds, log_volume = arrays["thresholds"], arrays["log_volume"]
-    figure = figures.volume_curve(thresholds, log_volume)
-    slope = (log_volume[1] - log_volume[0]) / (np.log(thresholds[1]) - np.log(thresholds[0]))
-    sentences = (
-        f"Provisional: if the loss were its Hessian's quadratic, {_exponential(log_volume[-1])} of the weights drawn from "
-        f"N(w*, {spectrum['base_scale']:.2g}²) would have a loss within {thresholds[-1]:g} nats of L*, and {_exponential(log_volume[0])} "
-        f"within {thresholds[0]:g} nats.",
-        f"The slope at the lower end is {slope:.1f}. The curve is exact for the quadratic, with negative curvatures counted as flat; where the loss is not quadratic it can be wrong "
-        "by any factor, and no sampled volume stands beside it yet.",
-    )
-    return Section("Volume of the basin (Gaussian only, provisional)", sentences, figure)
-
-
 def _degradation(results: Results) -> Section:
     levels, sites = results["degradation"]["levels"], results["alignment"]["sites"]
     curves = {site: {title: _curve(levels, name, site) for name, title in DIALS.items()} for site in sites}
@@ -313,8 +300,3 @@ def _rank_sentence(spectrum: Results) -> str:
 
 def _status(estimate: Results) -> str:
     return "no warning" if estimate["status"] == OK else estimate["status"]
-
-
-def _exponential(log_value: float) -> str:
-    """Write exp(log_value) in scientific notation, however small."""
-    return f"{Decimal(float(log_value)).exp():.2g}".lower()

@@ -44,12 +44,21 @@ class ExchangeState(NamedTuple):
 
 
 class RungReadings(NamedTuple):
-    """What `keep_rungs` keeps of a draw: of the states themselves losses and distances, replicas, swap probabilities."""
+    """What `keep_rungs` keeps of a draw.
+
+    Attributes:
+        loss, squared_distance: of the states themselves.
+        replica, exchange: see `ExchangeState`.
+        params: the weights of every rung, (rung, ...), if they are wanted.
+        labels: what a function of the weights says of every rung, if there is one.
+    """
 
     loss: Float[Array, " rung"]
     squared_distance: Float[Array, " rung"]
     replica: Int[Array, " rung"]
     exchange: Float[Array, " pair"]
+    params: Params | None = None
+    labels: Int[Array, " rung"] | None = None
 
 
 @partial(register_dataclass, data_fields=["kernel", "from_base"], meta_fields=["block_size"])
@@ -191,21 +200,28 @@ class ReplicaExchange:
         return jax.lax.map(function, arguments, batch_size=None if self.block_size == 1 else self.block_size)
 
 
-def keep_rungs(target: LocalPosterior) -> Callable[[ExchangeState, Info], RungReadings]:
-    """Make the `collect` that a ladder's readings need."""
-    return jax.tree_util.Partial(_readings, target)
+def keep_rungs(
+    target: LocalPosterior, *, keep_params: bool = False, labels: Callable[[Params], Array] | None = None
+) -> Callable[[ExchangeState, Info], RungReadings]:
+    """Make the `collect` that a ladder's readings need, with weights and the labels of weights if they are wanted."""
+    return jax.tree_util.Partial(_Readings(keep_params, labels), target)
 
 
-def keep_rungs_and_params(target: LocalPosterior) -> Callable[[ExchangeState, Info], tuple[RungReadings, Params]]:
-    """Make the `collect` that keeps the weights of every rung besides."""
-    return jax.tree_util.Partial(_readings_and_params, target)
+@dataclass(frozen=True)
+class _Readings:
+    """Equal for equal settings, so that another ladder of the kind compiles nothing."""
 
+    keep_params: bool
+    labels: Callable[[Params], Array] | None
 
-def _readings_and_params(target: LocalPosterior, state: ExchangeState, info: Info) -> tuple[RungReadings, Params]:
-    return _readings(target, state, info), state.params
-
-
-def _readings(target: LocalPosterior, state: ExchangeState, info: Info) -> RungReadings:
-    del info
-    displacements = jax.vmap(lambda w: target.restrict(target.displacement(w)))(state.rungs.params)
-    return RungReadings(state.rungs.loss, jax.vmap(dot)(displacements, displacements), state.replica, state.exchange)
+    def __call__(self, target: LocalPosterior, state: ExchangeState, info: Info) -> RungReadings:
+        del info
+        displacements = jax.vmap(lambda w: target.restrict(target.displacement(w)))(state.params)
+        return RungReadings(
+            state.rungs.loss,
+            jax.vmap(dot)(displacements, displacements),
+            state.replica,
+            state.exchange,
+            state.params if self.keep_params else None,
+            None if self.labels is None else jax.vmap(self.labels)(state.params),
+        )

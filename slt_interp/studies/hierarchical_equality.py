@@ -1,8 +1,8 @@
 """The study `hierarchical-equality`: one small network, from training to a degraded circuit.
 
 Train a network on the task, polish it to a minimum, and ask there: how degenerate is the basin (LLC, beside what the
-Hessian says), and does an alignment found at the trained weights survive draws from the tempered posterior, beside weight
-noise of equal loss?
+Hessian says), how much of a Gaussian around it the basin fills (by two routes), and does an alignment found at the trained
+weights survive draws from the tempered posterior, beside weight noise of equal loss?
 
 The file is long because it is the whole study in the order it runs: settings and their checks, then one function per
 stage. What computes lives in the rooms below.
@@ -28,6 +28,7 @@ from slt_interp.degradation.matching import LossProbe, match
 from slt_interp.errors import InputError
 from slt_interp.estimators.calibration import customary_nbeta, settled_step_size
 from slt_interp.estimators.llc import llc, mean_loss
+from slt_interp.estimators.volume_estimate import check_thresholds
 from slt_interp.models.mlp import MLP
 from slt_interp.posterior import LocalPosterior
 from slt_interp.probes.alignment import fit_alignment, random_rotations
@@ -36,6 +37,7 @@ from slt_interp.probes.interchange import Alignment, InterchangeProbe
 from slt_interp.samplers.chains import chain_mesh, sample
 from slt_interp.samplers.sgld import SGLD
 from slt_interp.storage import Arrays, RunDirectory
+from slt_interp.studies.basin_volume import volume_by_two_routes
 from slt_interp.studies.networks import SmoothedCrossEntropy, describe, pack, unpack
 from slt_interp.studies.study import Study, check_ranges
 from slt_interp.tasks.hierarchical_equality import NUM_INPUTS, FreshExamples, draw_counterfactuals
@@ -101,6 +103,18 @@ class Config:
     """Examples on which interchange intervention accuracy is measured."""
     num_random: int = 8
     """Random rotations that show what interchange intervention accuracy is worth by chance."""
+    volume_thresholds: tuple[float, ...] = (0.1, 0.2, 0.3, 0.5, 1.0)
+    """Nats above L*, increasing: what share of N(trained weights, 1 / localization) lies within them, by subset simulation."""
+    volume_particles: int = 25
+    """Particles of each of its seeds; the cost goes with their number and with -ln V of the smallest threshold."""
+    volume_seeds: int = 4
+    """Its independent seeds."""
+    volume_tempered: int = 3
+    """At most so many of the largest thresholds are also reached by tempering, a second route."""
+    volume_chains: int = 4
+    """Chains of that ladder, an even number."""
+    volume_draws: int = 100
+    """Draws kept of each of them."""
 
 
 SMOKE = Config(
@@ -120,6 +134,9 @@ SMOKE = Config(
     alignment_steps=100,
     alignment_restarts=2,
     num_counterfactuals=512,
+    volume_thresholds=(0.8, 1.0),
+    volume_particles=20,
+    volume_tempered=0,
 )
 
 FULL = replace(
@@ -136,6 +153,11 @@ FULL = replace(
     alignment_steps=5000,
     alignment_restarts=20,
     num_counterfactuals=16384,
+    volume_thresholds=(0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 1.0),
+    volume_particles=200,
+    volume_tempered=7,
+    volume_chains=8,
+    volume_draws=400,
 )
 
 NETWORK = MLP((NUM_INPUTS, 16, 16, 16, 2))
@@ -172,6 +194,8 @@ def check(config: Config) -> None:
     ranges: dict[str, tuple[float, float]] = {name: (1, np.inf) for name, value in vars(config).items() if type(value) is int}
     ranges |= {name: (2, np.inf) for name in ("llc_chains", "dial_chains", "num_random", "dial_draws")}
     ranges |= {"llc_draws": (8, np.inf), "num_examples": (64, np.inf), "seed": (0, 2**32 - 1)}
+    ranges |= {"volume_particles": (20, np.inf), "volume_seeds": (3, np.inf), "volume_chains": (4, np.inf)}
+    ranges |= {"volume_draws": (4, np.inf), "volume_tempered": (0, np.inf)}
     ranges |= {"alignment_size": (1, width // 2), "llc_burnin": (0, np.inf), "dial_burnin": (0, np.inf)}
     ranges |= {"label_smoothing": (0, 0.5), "accuracy_goal": (0, 1), "learning_rate": (1e-12, 1e3)}
     ranges |= {"localization": (1e-12, 1e12), "llc_tolerance": (1e-6, 1), "dial_tolerance": (1e-6, 1), "nbeta": (1e-12, 1e12)}
@@ -180,6 +204,9 @@ def check(config: Config) -> None:
         raise InputError(
             f"dial_nbetas must be five or more positive numbers, but is {config.dial_nbetas}: change --dial-nbetas"
         )
+    check_thresholds(config.volume_thresholds)
+    if config.volume_chains % 2:
+        raise InputError(f"volume_chains must be even, but is {config.volume_chains}: change --volume-chains")
 
 
 def compute(config: Config, run: RunDirectory, progress: bool) -> dict[str, Any]:
@@ -203,12 +230,13 @@ def compute(config: Config, run: RunDirectory, progress: bool) -> dict[str, Any]
     stage("llc", _llc, params, data, spectrum)
     alignments = stage("alignment", _align, params)
     stage("degradation", _degrade, params, data, spectrum, alignments)
+    stage("volume", _volume, params, data, spectrum)
     return results
 
 
 def summarize(results: dict[str, Any]) -> list[tuple[str, str]]:
     """Make the short table that is printed after a run."""
-    llc, spectrum, dial = results["llc"], results["spectrum"], results["degradation"]
+    llc, spectrum, dial, volume = (results[name] for name in ("llc", "spectrum", "degradation", "volume"))
     mildest, strongest = dial["levels"][0], dial["levels"][-1]
     predicted = spectrum["gaussian_llc"]
     rows = [
@@ -236,6 +264,16 @@ def summarize(results: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append((f"IIA in {site} of the alignment found", f"{trained:.3f}"))
         rows.append((f"  at excess loss {low} nats: posterior, noise", f"{after[0]}, {after[1]}"))
         rows.append((f"  at excess loss {high} nats: posterior, noise", f"{after[2]}, {after[3]}"))
+    rows += [
+        (f"ln V within {threshold:g} nats of L*: sampled, Gaussian", f"{value:.1f} +- {error:.1f}, {predicted:.1f}")
+        for threshold, value, error, predicted in zip(
+            volume["thresholds"],
+            *(volume["subset"][name] for name in ("log_volume", "std_error")),
+            volume["gaussian"],
+            strict=True,
+        )
+        if value is not None
+    ]
     return rows
 
 
@@ -490,6 +528,31 @@ def _degrade(
     return {"init_loss": init_loss, "localization": config.localization, "center_iia": center, "levels": levels}, {}
 
 
+def _volume(
+    key: Array,
+    config: Config,
+    loss_fn: SmoothedCrossEntropy,
+    progress: bool,
+    params: Params,
+    data: dict[str, Array],
+    spectrum: Spectrum,
+) -> tuple[dict[str, Any], Arrays]:
+    thresholds, base = np.array(config.volume_thresholds), Gaussian(params, config.localization**-0.5)
+    found = volume_by_two_routes(
+        key,
+        loss_fn,
+        params,
+        data,
+        thresholds,
+        base=base,
+        num_tempered=config.volume_tempered,
+        subset={"num_particles": config.volume_particles, "num_seeds": config.volume_seeds},
+        tempering={"num_chains": config.volume_chains, "num_draws": config.volume_draws},
+        progress=progress,
+    )
+    return {"base_scale": base.scale, "gaussian": spectrum.log_volume(thresholds, base), **found}, {}
+
+
 @functools.partial(jax.jit, static_argnames=("site",))
 def _iia_of_rotations(
     params: Params,
@@ -520,11 +583,11 @@ def _nbeta(config: Config) -> float:
     return customary_nbeta(config.num_examples) if config.nbeta is None else config.nbeta
 
 
-_STAGES = ("training", "polish", "spectrum", "llc", "alignment", "degradation")
+_STAGES = ("training", "polish", "spectrum", "llc", "alignment", "degradation", "volume")
 
 STUDY = Study(
     name="hierarchical-equality",
-    description="train on hierarchical equality; LLC against Hessian; does an alignment survive degradation?",
+    description="train on hierarchical equality; LLC and volume against Hessian; does an alignment survive degradation?",
     check=check,
     presets={"smoke": SMOKE, "default": Config(), "full": FULL},
     compute=compute,

@@ -8,9 +8,11 @@ from slt_interp import analytic
 from slt_interp.analytic.products import Product
 from slt_interp.bases import Ball, Box, FloatGrid, Gaussian
 from slt_interp.errors import InputError
+from slt_interp.estimators import subset
 from slt_interp.estimators.subset import subset_simulation
 from slt_interp.estimators.walks import Particle, Reflective
 from slt_interp.posterior import LocalPosterior
+from slt_interp.samplers.chains import chain_mesh
 
 THRESHOLDS = [1e-4, 1e-3, 1e-2, 1e-1]
 QUIET = {"progress": False}
@@ -106,6 +108,22 @@ def test_volumes_are_as_accurate_as_promised(problem, key):
     exact = np.array([problem.log_volume(t) for t in THRESHOLDS])
     assert agrees(found, exact)
     assert np.all(found.std_error < np.maximum(0.1, 0.01 * np.abs(exact)))
+
+
+@pytest.mark.parametrize(
+    ("name", "replacement"),
+    [("chain_mesh", lambda num_seeds: chain_mesh(1)), ("_choose_block_size", lambda *_: 1)],
+    ids=["on one device", "one particle at a time"],
+)
+def test_numbers_do_not_depend_on_devices_or_blocks(name, replacement, key, monkeypatch):
+    problem = analytic.quadratic([3.0, 1.0])
+    run = {"base": problem.base, "num_particles": 20, "num_moves": 1, "max_rounds": 1, **QUIET}
+    assert chain_mesh(4).size == 4
+    spread = subset_simulation(key, problem.loss_fn, problem.center, None, [0.1], **run)
+    assert spread.diagnostics["num_levels"] >= 1
+    monkeypatch.setattr(subset, name, replacement)
+    other = subset_simulation(key, problem.loss_fn, problem.center, None, [0.1], **run)
+    np.testing.assert_allclose(other.per_seed, spread.per_seed, rtol=1e-12)
 
 
 @pytest.mark.parametrize("base", [Gaussian(0.7, 2.0), Box(-1.0, 3.0), Ball(0.3, 1.0)])

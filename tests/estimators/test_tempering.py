@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
 from slt_interp import Box, Gaussian, temper
 from slt_interp.analytic import catalogue
@@ -110,6 +111,34 @@ def _synthetic(shift=0.0, exchange=0.5, init_loss=0.0):
         0,
         0.0,
     )
+
+
+def test_labels_split_a_volume_as_the_exact_law_does():
+    ladder, threshold = _synthetic(), 0.5
+    coin = np.random.default_rng(1).uniform(size=ladder.loss.shape) < 0.3
+    law = stats.gamma(2.0)  # of the loss, under the base
+    for labels, parts in [
+        # A label that knows nothing of the loss, and one that knows nothing else.
+        (coin, {1: np.log(0.3), 0: np.log(0.7)}),
+        (ladder.loss > 0.2, {0: np.log(law.cdf(0.2) / law.cdf(threshold)), 1: np.log(1 - law.cdf(0.2) / law.cdf(threshold))}),
+    ]:
+        found = dataclasses.replace(ladder, labels=labels.astype(int)).log_volume_by_label([threshold])
+        assert found.keys() == parts.keys()
+        for name, (value, error) in found.items():
+            assert abs(value[0] - law.logcdf(threshold) - parts[name]) < 4 * error[0]
+            assert error[0] < 0.1
+        whole = ladder.log_volume([threshold]).log_volume
+        np.testing.assert_allclose(np.logaddexp(found[0][0], found[1][0]), whole, atol=1e-12)
+    never, only_one = np.zeros_like(coin), np.zeros_like(coin)
+    never[ladder.loss > 1.0] = True
+    only_one[:, ladder.is_from_base] = True
+    found = dataclasses.replace(ladder, labels=never.astype(int)).log_volume_by_label([threshold])
+    assert found[1][0] == -np.inf
+    assert np.isnan(found[1][1])
+    found = dataclasses.replace(ladder, labels=only_one.astype(int)).log_volume_by_label([threshold])
+    assert np.all(np.isinf([found[0][1], found[1][1]])), "a label of one family alone is known to no precision"
+    with pytest.raises(InputError, match=r"call temper\(labels=...\)"):
+        ladder.log_volume_by_label([threshold])
 
 
 def test_verdict_names_its_reason():

@@ -7,7 +7,7 @@ from scipy import stats
 from slt_interp import analytic
 from slt_interp.bases import Ball, Box, FloatGrid, Gaussian
 from slt_interp.errors import InputError
-from slt_interp.estimators.volume import behavioral_kl, estimate_volume
+from slt_interp.estimators.volume import _coldest, behavioral_kl, estimate_volume
 from slt_interp.models.mlp import MLP
 from slt_interp.posterior import LocalPosterior, check_target
 
@@ -64,6 +64,41 @@ def test_tempering_counts_crossing_lines_exactly(key):
     assert 2 / thresholds[0] <= found.diagnostics["max_nbeta"] <= 4 / thresholds[0]
 
 
+@pytest.mark.slow
+def test_labels_split_a_tempered_volume_between_two_wells(key):
+    problem = analytic.double_well()
+
+    def side(w):
+        return jnp.where(w[0] > 0, 1, 0)
+
+    thresholds = [0.1, 0.3]
+    settings = {"base": problem.base, "labels": side, "progress": False}
+    found = estimate_volume(key, problem.loss_fn, problem.center, None, thresholds, **settings)
+    half = np.array([problem.log_volume(threshold) for threshold in thresholds]) - np.log(2)
+    assert found.status == "ok", found
+    assert set(found.by_label) == {0, 1}
+    for value, error in found.by_label.values():
+        assert np.all(np.abs(value - half) < 4 * error)
+        assert np.all(error < 0.2)
+
+
+def test_a_learning_coefficient_that_rises_with_nbeta_is_followed_to_the_threshold(key):
+    curvature, variance, threshold = 3.0, 0.01, 0.1
+
+    def llc(nbeta):
+        return 50 * nbeta * curvature / (nbeta * curvature + 1 / variance)
+
+    target = LocalPosterior(
+        lambda w, batch: curvature / 2 * jnp.sum(w**2), jnp.zeros(100), 1 / threshold, Gaussian(0.0, variance**0.5)
+    )
+    at_once = 2 * (1 + llc(1 / threshold)) / threshold
+    assert llc(at_once) / at_once > 1.5 * threshold, "one look would end where hardly a draw lies below the threshold"
+    coldest = _coldest(key, target, jnp.zeros(100), None, False)
+    # It ends at most 1.2 times below twice (1 + LLC) / threshold; four chains know their energies to a few percent.
+    assert 2 * llc(coldest) / coldest < 1.2 * 1.1 * threshold
+    assert coldest < 1.1 * 2 * (1 + 50) / threshold
+
+
 def test_result_reads_like_a_sentence(key):
     found = estimate_volume(key, quadratic, PARAMS, None, [0.1, 0.5], base=Gaussian(0.0, 1.0), method="gaussian")
     text = str(found)
@@ -105,7 +140,12 @@ def test_error_rate_without_gradient_can_be_the_loss(key):
     [
         ({"method": "magic"}, "method must be 'tempering', 'subset', 'rays' or 'gaussian', but is 'magic'"),
         ({"method": "rays", "base": FloatGrid("float16", 1.0)}, "only method='subset' does, but method is 'rays'"),
-        ({"method": "rays", "labels": jnp.sum}, "labels split the particles of method='subset', but method is 'rays'"),
+        (
+            {"method": "rays", "labels": jnp.sum},
+            "labels split draws, which 'tempering' and 'subset' make, but method is 'rays'",
+        ),
+        ({"method": "tempering", "labels": jnp.sum}, r"labels must turn weights into one integer, but gives float32\[\]"),
+        ({"method": "subset", "labels": jnp.argsort}, r"labels must turn weights into one integer, but gives int32\[2\]"),
         ({"method": "gaussian", "base": Ball(0.0, 1.0)}, "is about a Gaussian base measure, not a Ball"),
         ({"method": "gaussian", "base": Box(1.0, 2.0)}, "params lie outside the base measure"),
         ({"method": "gaussian", "thresholds": [0.2, 0.1]}, "thresholds must be a list of positive increasing numbers"),
