@@ -1,6 +1,6 @@
 """Copy finished runs of the studies here, as they are bundled: results, report, and one picture for the README.
 
-python benchmarks/bundle_reports.py runs/hierarchical-equality runs/llc-vs-hessian
+python benchmarks/bundle_reports.py runs/hierarchical-equality runs/llc-vs-hessian runs/planted-illusion
 """
 
 import shutil
@@ -15,7 +15,11 @@ from slt_interp.storage import read_run
 
 REPORTS = Path(__file__).parent / "reports"
 
-PICTURES = {"hierarchical-equality": "A circuit along two dials of damage", "llc-vs-hessian": "Deep linear networks"}
+PICTURES = {
+    "hierarchical-equality": "A circuit along every dial of damage",
+    "llc-vs-hessian": "Deep linear networks",
+    "planted-illusion": "What each dial tells apart",
+}
 """The section whose figure stands for the report, by the start of its title."""
 
 

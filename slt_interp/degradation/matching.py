@@ -85,7 +85,7 @@ def match(
     key: Key[Array, ""],
     dial: Dial,
     params: Params,
-    probe: LossProbe | BehaviorProbe,
+    probe: Probe,
     excess_loss: float,
     *,
     bracket: tuple[float, float],
@@ -102,7 +102,7 @@ def match(
         key: for the dial.
         dial: cheap to read; for a fixed key the loss should rise with its level, or fall.
         params: the weights that are degraded.
-        probe: measures the loss; for dials that damage activations a `BehaviorProbe`.
+        probe: measures "loss", as `LossProbe` and, for dials that damage activations, `BehaviorProbe` do.
         excess_loss: nats per example, positive.
         bracket: levels below and above the wanted one.
         num_chains: independent groups of degraded networks.
@@ -164,7 +164,7 @@ def match_posterior(
     key: Key[Array, ""],
     dial: TemperedPosterior,
     params: Params,
-    probe: LossProbe | BehaviorProbe,
+    probe: Probe,
     excess_loss: float,
     *,
     llc: float,
@@ -181,7 +181,7 @@ def match_posterior(
         key: for the dial.
         dial: whose level is nbeta.
         params: the weights that are degraded.
-        probe: measures the loss that is matched, which need not be the posterior's.
+        probe: measures the "loss" that is matched, which need not be the posterior's.
         excess_loss: nats per example, positive.
         llc: a guess, such as half the number of weights, or the LLC at a neighboring level.
         num_chains: of the dial.

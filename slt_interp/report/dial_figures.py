@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from slt_interp.report.figures import PREDICTED, RIVAL, SAMPLED, Numbers, axes_grid
+from slt_interp.report.words import dial_name
 
 LOOKS = {
     "genuine": (SAMPLED, "o-"),
@@ -20,7 +21,7 @@ LOOKS = {
 """Of each cell: circuits blue, illusions warm."""
 
 
-def aurocs(names: Sequence[str], panels: Mapping[str, Sequence[tuple[float, float, float]]]) -> Figure:
+def aurocs(names: Sequence[str], panels: Mapping[str, Sequence[Sequence[float]]]) -> Figure:
     """Plot the AUROC of every dial with its interval, a row for each dial and a panel for each comparison.
 
     Args:
@@ -101,3 +102,47 @@ def predictions(
     axes.xaxis.set_minor_formatter(NullFormatter())
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
     return figure
+
+
+def alignments(
+    sites: Mapping[str, Mapping[str, tuple[Numbers, Numbers, Numbers]]], references: Mapping[str, tuple[float, float]]
+) -> Figure:
+    """Plot interchange intervention accuracy along several dials at matched loss, one panel per site; bars where there are any.
+
+    Args:
+        sites: for each site and dial, (excess loss, accuracy, standard error).
+        references: for each site, the accuracy at the trained weights and for random rotations.
+    """
+    figure, panels = axes_grid(len(sites), height=4.6, sharey=True)
+    for axes, (site, dials) in zip(panels, sites.items(), strict=True):
+        trained, random = references[site]
+        axes.axhline(trained, color="k", linewidth=1, label="at the trained weights")
+        axes.axhline(random, color="0.6", linewidth=1, linestyle=":", label="random rotations, trained weights")
+        for dial, (excess, statistic, error) in dials.items():
+            color, mark = DIAL_LOOKS[dial]
+            wide = 2.2 if dial == "posterior" else 1.0
+            bars = 2 * np.nan_to_num(error)
+            axes.errorbar(
+                excess, statistic, bars, fmt=mark, color=color, markersize=4, linewidth=wide, capsize=2, label=dial_name(dial)
+            )
+        axes.set(xscale="log", xlabel="excess loss (nats)", title=site)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    panels[0].set(ylabel="interchange intervention accuracy", ylim=(0.4, 1.02))
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8.5)
+    return figure
+
+
+DIAL_LOOKS = {
+    "posterior": (SAMPLED, "o-"),
+    "weight_noise": (RIVAL, "s--"),
+    "weight_noise_per_layer": ("#b58900", "D--"),
+    "activation_noise": ("#2a9d5c", "^--"),
+    "laplace": (PREDICTED, "v--"),
+    "pruning": ("0.35", "x:"),
+    "fisher_pruning": ("0.35", "+:"),
+    "quantization": ("#8a5fbf", "*:"),
+    "low_rank": ("#c77cba", "P:"),
+    "checkpoints": ("#5f7f8f", "h:"),
+}

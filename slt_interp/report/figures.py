@@ -196,33 +196,6 @@ def volume_curve(predicted: tuple[Numbers, Numbers], sampled: Mapping[str, Sampl
     return figure
 
 
-def survival(
-    sites: Mapping[str, Mapping[str, tuple[Numbers, Numbers, Numbers]]], references: Mapping[str, tuple[float, float]]
-) -> Figure:
-    """Plot a circuit statistic along several dials at matched loss, one panel per site.
-
-    Args:
-        sites: for each site and dial, (excess loss, statistic, standard error).
-        references: for each site, the statistic at the trained weights and for random rotations.
-    """
-    figure, panels = axes_grid(len(sites), sharey=True)
-    marks = dict(zip(next(iter(sites.values())), ((SAMPLED, "o-"), (RIVAL, "s--")), strict=True))
-    for axes, (site, dials) in zip(panels, sites.items(), strict=True):
-        trained, random = references[site]
-        axes.axhline(trained, color="k", linewidth=1, label="at the trained weights")
-        axes.axhline(random, color="0.6", linewidth=1, linestyle=":", label="random rotations, trained weights")
-        for dial, (excess, statistic, error) in dials.items():
-            color, mark = marks[dial]
-            axes.errorbar(excess, statistic, yerr=2 * error, fmt=mark, color=color, markersize=4, capsize=3, label=dial)
-        axes.set(xscale="log", xlabel="excess loss (nats)", title=site)
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6))
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter(NullFormatter())
-    panels[0].set(ylabel="interchange intervention accuracy", ylim=(0.4, 1.02))
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    return figure
-
-
 @dataclass(frozen=True)
 class Comparison:
     """One panel: what was sampled, what the Hessian predicts and what is exact, over a common axis.

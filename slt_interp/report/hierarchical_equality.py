@@ -8,16 +8,12 @@ from slt_interp.curvature.gaussian import gaussian_llc
 from slt_interp.estimators.llc import OK
 from slt_interp.report import figures
 from slt_interp.report.basin_volume import volume_section, volume_sentences
+from slt_interp.report.dial_comparison import degradation_section, survival_sentence
 from slt_interp.report.page import Page, Section
 from slt_interp.report.words import number, show
 from slt_interp.storage import RunDirectory
 
 Results = dict[str, Any]
-
-DIALS = {"posterior": "tempered posterior", "weight_noise": "Gaussian weight noise"}
-
-LOWEST_ACCURACY = 0.75
-"""Below this, halfway between chance and certainty, IIA falls for reasons that are not the alignment's."""
 
 SYMBOLS = (
     ("L, L*", "mean loss over the n fixed examples, in nats per example; L* is its value at the center"),
@@ -32,7 +28,7 @@ SYMBOLS = (
     ("IIA", "interchange intervention accuracy: how often the network answers as the causal model does after a patch"),
     (
         "dial, level",
-        "a way to damage the network, and how far it is turned: nβ for the posterior, a standard deviation for noise",
+        "a way to damage the network, and how far it is turned: nβ for the posterior, a standard deviation for noise, a share for pruning and low rank, a step for checkpoints and quantization",
     ),
     ("excess loss", "mean of L − L* over the damaged networks, in nats per example"),
     ("layer1, ...", "the hidden layers, after their ReLU"),
@@ -54,7 +50,7 @@ def page(run: RunDirectory) -> Page:
         _against_hessian(results, run),
         _spectrum(results, run),
         volume_section(results, run),
-        _degradation(results),
+        degradation_section(results),
     )
     return Page(
         title="Hierarchical equality: the basin of a trained network, and a circuit in it",
@@ -74,7 +70,7 @@ def findings(results: Results) -> tuple[str, ...]:
         _rank_sentence(spectrum),
     ]
     answers += volume_sentences(results)[:1]
-    answers += [_survival_sentence(results, site) for site in results["alignment"]["sites"]]
+    answers += [survival_sentence(results, site) for site in results["alignment"]["sites"]]
     return tuple(answers)
 
 
@@ -200,81 +196,6 @@ def _spectrum(results: Results, run: RunDirectory) -> Section:
         *((f"{entry['threshold']:g}", f"{entry['rank']:.0f}", f"{entry['rank'] / 2:.1f}") for entry in spectrum["rank_at"]),
     )
     return Section("Eigenvalues of the Hessian", sentences, figure, table)
-
-
-def _degradation(results: Results) -> Section:
-    levels, sites = results["degradation"]["levels"], results["alignment"]["sites"]
-    curves = {site: {title: _curve(levels, name, site) for name, title in DIALS.items()} for site in sites}
-    center = results["degradation"]["center_iia"]
-    figure = figures.survival(curves, {site: (center[site], found["random_iia"]) for site, found in sites.items()})
-    worst = min(min(level["dials"][name]["accuracy"] for name in DIALS) for level in levels)
-    flagged = [f"{level['nbeta']:.0f}" for level in levels if level["estimate"]["status"] != OK]
-    sentences = (
-        *(_survival_sentence(results, site) for site in sites),
-        "The black lines are the trained network on the same examples.",
-        f"Bars are two standard errors over {len(levels[0]['dials']['posterior']['excess_loss_per_chain'])} chains (for noise: as many "
-        "independent groups of draws); the alignments are the ones found at the trained weights, not refitted.",
-        f"The lowest accuracy at any level and dial is {worst:.2f}; .5 is chance.",
-        f"The posterior chains at nβ = {', '.join(flagged)} carry a warning (see the table of section 3): their error bars may be too small."
-        if flagged
-        else "No posterior chain carries a warning.",
-    )
-    table = (
-        ("excess loss (nats)", "dial", "level", "accuracy", "distance", *(f"IIA {site}" for site in sites)),
-        *(
-            (
-                f"{d['excess_loss']:.3g} ± {show(d['excess_loss_std_error'], '.1g')}",
-                title,
-                f"nβ = {d['level']:.0f}" if name == "posterior" else f"sd {d['level']:.3g}",
-                f"{d['accuracy']:.3f}",
-                f"{d['rms_distance']:.2g}",
-                *(f"{d['sites'][site]['iia']:.3f} ± {show(d['sites'][site]['iia_std_error'], '.3f')}" for site in sites),
-            )
-            for level in levels
-            for name, title in DIALS.items()
-            for d in (level["dials"][name],)
-        ),
-    )
-    return Section("A circuit along two dials of damage", sentences, figure, table)
-
-
-def _curve(levels: list[Results], dial: str, site: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Excess loss, IIA and its standard error over the levels of a dial."""
-    readings = [level["dials"][dial] for level in levels]
-    found = [reading["sites"][site] for reading in readings]
-    return (
-        np.array([reading["excess_loss"] for reading in readings]),
-        np.array([entry["iia"] for entry in found]),
-        np.array([number(entry["iia_std_error"]) for entry in found]),
-    )
-
-
-def _survival_sentence(results: Results, site: str) -> str:
-    found, levels = results["alignment"]["sites"][site], results["degradation"]["levels"]
-    above_chance = found["iia"] > found["random_iia"] + 4 * found["random_iia_std"]
-    head = f"In {site} the alignment found has IIA {found['iia']:.3f} (random rotations: {found['random_iia']:.3f} ± {found['random_iia_std']:.3f})"
-    if not above_chance:
-        return f"{head}: no alignment there to speak of."
-    usable = [level for level in levels if _is_comparable(level)]
-    left_out = f"{len(levels) - len(usable)} of {len(levels)} levels are left out for a warning or an accuracy below {LOWEST_ACCURACY:g}"
-    if not usable:
-        return f"{head}; {left_out}, so nothing can be said of its survival."
-    gaps = []
-    for level in usable:
-        ours, rival = (level["dials"][name]["sites"][site] for name in DIALS)
-        error = np.hypot(number(ours["iia_std_error"]), number(rival["iia_std_error"]))
-        gaps.append((ours["iia"] - rival["iia"], error))
-    lower, higher = sum(gap < -3 * error for gap, error in gaps), sum(gap > 3 * error for gap, error in gaps)
-    extreme = max(gaps, key=lambda entry: abs(entry[0]))
-    return (
-        f"{head}; at equal loss, posterior draws leave less of it than weight noise at {lower} of {len(gaps)} levels and more at {higher}, by more "
-        f"than 3 standard errors (largest difference {extreme[0]:+.3f} ± {extreme[1]:.3f}; {left_out})."
-    )
-
-
-def _is_comparable(level: Results) -> bool:
-    accurate = all(level["dials"][name]["accuracy"] >= LOWEST_ACCURACY for name in DIALS)
-    return level["estimate"]["status"] == OK and accurate
 
 
 def _compare(estimate: Results, spectrum: Results) -> str:

@@ -7,7 +7,7 @@ import numpy as np
 
 from slt_interp.report import dial_figures
 from slt_interp.report.page import Page, Section
-from slt_interp.report.words import listed, number, show
+from slt_interp.report.words import dial_name, listed, number, show
 from slt_interp.storage import RunDirectory
 
 Results = dict[str, Any]
@@ -24,19 +24,6 @@ TRAINED_CELLS = {
     "planted": "its planted twin, refitted",
     "genuine_frozen": "circuit, frozen alignment",
     "planted_frozen": "twin, frozen alignment",
-}
-
-_NAMES = {
-    "posterior": "tempered posterior",
-    "posterior_restricted": "posterior of the task's answer alone",
-    "weight_noise": "weight noise",
-    "weight_noise_per_layer": "weight noise, scaled by layer",
-    "activation_noise": "activation noise",
-    "laplace": "Laplace draws, scaled",
-    "pruning": "pruning by magnitude",
-    "fisher_pruning": "pruning by Fisher saliency",
-    "quantization": "quantization",
-    "low_rank": "low rank",
 }
 
 SYMBOLS = (
@@ -105,9 +92,7 @@ def _scores(results: Results) -> Section:
     order = sorted(dials, key=lambda name: -number(dials[name]["auroc"]) if _is_comparable(dials[name]) else np.inf)
     panels = {
         title: [
-            tuple(number(dials[name][f"auroc{suffix}{end}"]) for end in ("", "_low", "_high"))
-            if _is_comparable(dials[name])
-            else (np.nan, np.nan, np.nan)
+            [number(dials[name][f"auroc{suffix}{end}"]) if _is_comparable(dials[name]) else np.nan for end in _ENDS]
             for name in order
         ]
         for title, suffix in (("genuine above planted", ""), ("genuine above pinned", "_pinned"))
@@ -318,10 +303,7 @@ def _is_comparable(entry: Results) -> bool:
     return entry["num_networks"] >= 2
 
 
-def dial_name(name: str) -> str:
-    """Write a dial's name in words."""
-    stem, _, gamma = name.partition("_gamma_")
-    return f"{_NAMES[stem]}, γ = {gamma}" if gamma else _NAMES[name]
+_ENDS = ("", "_low", "_high")
 
 
 def _auroc(entry: Results, suffix: str) -> str:

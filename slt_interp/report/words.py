@@ -1,4 +1,4 @@
-"""Numbers and lists in the sentences of reports."""
+"""Numbers, lists and names in the sentences of reports."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -26,3 +26,24 @@ def numbers(entries: Sequence[dict[str, Any]], name: str) -> np.ndarray:
 def show(value: float | None, form: str = ".3f") -> str:
     """Format a number; what is missing or not finite is unknown."""
     return "unknown" if value is None or not np.isfinite(value) else format(value, form)
+
+
+def dial_name(name: str) -> str:
+    """Write a dial's name in words."""
+    stem, _, gamma = name.partition("_gamma_")
+    return f"{_NAMES[stem]}, γ = {gamma}" if gamma else _NAMES[name]
+
+
+_NAMES = {
+    "posterior": "tempered posterior",
+    "posterior_restricted": "posterior of the task's answer alone",
+    "weight_noise": "weight noise",
+    "weight_noise_per_layer": "weight noise, scaled by layer",
+    "activation_noise": "activation noise",
+    "laplace": "Laplace draws, scaled",
+    "pruning": "pruning by magnitude",
+    "fisher_pruning": "pruning by Fisher saliency",
+    "quantization": "quantization",
+    "low_rank": "low rank",
+    "checkpoints": "earlier checkpoints",
+}

@@ -2,7 +2,7 @@
 
 Train a network on the task, polish it to a minimum, and ask there: how degenerate is the basin (LLC, beside what the
 Hessian says), how much of a Gaussian around it the basin fills (by two routes), and does an alignment found at the trained
-weights survive draws from the tempered posterior, beside weight noise of equal loss?
+weights survive draws from the tempered posterior, beside every rival dial at equal loss?
 
 The file is long because it is the whole study in the order it runs: settings and their checks, then one function per
 stage. What computes lives in the rooms below.
@@ -23,8 +23,8 @@ from tqdm.auto import tqdm
 from slt_interp.bases import Gaussian
 from slt_interp.curvature.spectrum import Spectrum, estimate_spectrum
 from slt_interp.data import Counterfactuals, FullBatch
-from slt_interp.degradation.dials import Degraded, TemperedPosterior, WeightNoise
-from slt_interp.degradation.matching import LossProbe, match
+from slt_interp.degradation.compression import Checkpoints
+from slt_interp.degradation.dials import TemperedPosterior
 from slt_interp.errors import InputError
 from slt_interp.estimators.calibration import customary_nbeta, settled_step_size
 from slt_interp.estimators.llc import llc, mean_loss
@@ -32,17 +32,17 @@ from slt_interp.estimators.volume_estimate import check_thresholds
 from slt_interp.models.mlp import MLP
 from slt_interp.posterior import LocalPosterior
 from slt_interp.probes.alignment import fit_alignment, random_rotations
-from slt_interp.probes.draws import over_draws
 from slt_interp.probes.interchange import Alignment, InterchangeProbe
 from slt_interp.samplers.chains import chain_mesh, sample
 from slt_interp.samplers.sgld import SGLD
 from slt_interp.storage import Arrays, RunDirectory
 from slt_interp.studies.basin_volume import volume_by_two_routes
+from slt_interp.studies.dial_comparison import DamagedLoss, compare_dials
 from slt_interp.studies.networks import SmoothedCrossEntropy, describe, pack, unpack
 from slt_interp.studies.study import Study, check_ranges
 from slt_interp.tasks.hierarchical_equality import NUM_INPUTS, FreshExamples, draw_counterfactuals
 from slt_interp.training import polish, train
-from slt_interp.tree import Params, dimension, dot, norm, register_dataclass
+from slt_interp.tree import Params, dimension, norm
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,9 @@ class Config:
     dial_burnin: int = 4000
     """Steps dropped from each of those chains."""
     dial_draws: int = 12
-    """Degraded networks kept of each chain or group."""
+    """Degraded networks kept of each chain."""
+    rival_draws: int = 4
+    """And of each group."""
     dial_thinning: int = 300
     """Steps per draw there."""
     dial_batch: int = 512
@@ -130,6 +132,7 @@ SMOKE = Config(
     dial_chains=4,
     dial_burnin=100,
     dial_draws=4,
+    rival_draws=2,
     dial_thinning=10,
     alignment_steps=100,
     alignment_restarts=2,
@@ -162,37 +165,14 @@ FULL = replace(
 
 NETWORK = MLP((NUM_INPUTS, 16, 16, 16, 2))
 
-_NOISE_BRACKET = (1e-4, 1.0)
-"""Standard deviations of weight noise between which its level is searched."""
-
 _EVALUATION_SIZE = 65536
-
-
-@functools.partial(register_dataclass, data_fields=["center", "loss", "interchange"], meta_fields=[])
-@dataclass(frozen=True)
-class _Readings:
-    """Everything that is read off one degraded network, as one probe."""
-
-    center: Params
-    loss: LossProbe
-    interchange: dict[str, InterchangeProbe]
-
-    def __call__(self, key: Array, params: Params) -> dict[str, Array]:
-        moved = jax.tree.map(jnp.subtract, params, self.center)
-        by_site = {site: probe(key, params) for site, probe in self.interchange.items()}
-        return {
-            **self.loss(key, params),
-            "squared_distance": dot(moved, moved),
-            "accuracy": by_site[NETWORK.hidden_sites[0]]["accuracy"],
-            **{f"iia {site}": read["iia"] for site, read in by_site.items()},
-        }
 
 
 def check(config: Config) -> None:
     """Raise InputError for the first setting that cannot be used."""
     width = min(NETWORK.widths[1:-1])
     ranges: dict[str, tuple[float, float]] = {name: (1, np.inf) for name, value in vars(config).items() if type(value) is int}
-    ranges |= {name: (2, np.inf) for name in ("llc_chains", "dial_chains", "num_random", "dial_draws")}
+    ranges |= {name: (2, np.inf) for name in ("llc_chains", "dial_chains", "num_random", "dial_draws", "rival_draws")}
     ranges |= {"llc_draws": (8, np.inf), "num_examples": (64, np.inf), "seed": (0, 2**32 - 1)}
     ranges |= {"volume_particles": (20, np.inf), "volume_seeds": (3, np.inf), "volume_chains": (4, np.inf)}
     ranges |= {"volume_draws": (4, np.inf), "volume_tempered": (0, np.inf)}
@@ -229,7 +209,7 @@ def compute(config: Config, run: RunDirectory, progress: bool) -> dict[str, Any]
     spectrum = Spectrum(eigen["ritz_values"], eigen["weights"], eigen["residuals"], is_exact=True)
     stage("llc", _llc, params, data, spectrum)
     alignments = stage("alignment", _align, params)
-    stage("degradation", _degrade, params, data, spectrum, alignments)
+    stage("degradation", _degrade, params, data, alignments, trained)
     stage("volume", _volume, params, data, spectrum)
     return results
 
@@ -256,9 +236,11 @@ def summarize(results: dict[str, Any]) -> list[tuple[str, str]]:
     for site in NETWORK.hidden_sites:
         trained = results["alignment"]["sites"][site]["iia"]
         after = [
-            f"{level['dials'][name]['sites'][site]['iia']:.3f} +- {level['dials'][name]['sites'][site]['iia_std_error']:.3f}"
+            "not reached"
+            if found is None
+            else f"{found['sites'][site]['iia']:.3f} +- {found['sites'][site]['iia_std_error']:.3f}"
             for level in (mildest, strongest)
-            for name in ("posterior", "weight_noise")
+            for found in (level["dials"][name] for name in ("posterior", "weight_noise"))
         ]
         low, high = f"{mildest['excess_loss']:.2g}", f"{strongest['excess_loss']:.2g}"
         rows.append((f"IIA in {site} of the alignment found", f"{trained:.3f}"))
@@ -464,8 +446,8 @@ def _degrade(
     progress: bool,
     params: Params,
     data: dict[str, Array],
-    spectrum: Spectrum,
     alignments: Arrays,
+    trained: Arrays,
 ) -> tuple[dict[str, Any], Arrays]:
     posterior = TemperedPosterior(
         loss_fn,
@@ -477,55 +459,28 @@ def _degrade(
         tolerance=config.dial_tolerance,
         progress=progress,
     )
-    posterior_key, noise_key, probe_key, examples_key = jax.random.split(key, 4)
+    dial_key, examples_key = jax.random.split(key)
     examples = draw_counterfactuals(examples_key, config.num_counterfactuals)
-    loss_probe = LossProbe(loss_fn, data)
     fits = {
         site: Alignment(*(jnp.asarray(alignments[f"{kind}_{site}"]) for kind in ("rotation", "masks")))
         for site in NETWORK.hidden_sites
     }
-    probes = {site: InterchangeProbe(NETWORK, site, fit, examples) for site, fit in fits.items()}
-    probe = _Readings(params, loss_probe, probes)
-    init_loss = mean_loss(loss_fn, params, data)[0]
-    counts = {"num_chains": config.dial_chains, "num_draws": config.dial_draws}
-
-    def measure(degraded: Degraded, level: float) -> dict[str, Any]:
-        read = {name: np.asarray(values, np.float64) for name, values in over_draws(probe_key, probe, degraded.params).items()}
-        return {
-            "level": level,
-            **_over_chains("excess_loss", read["loss"] - init_loss),
-            **_over_chains("accuracy", read["accuracy"]),
-            "rms_distance": float(np.sqrt(read["squared_distance"].mean())),
-            "sites": {site: _over_chains("iia", read[f"iia {site}"]) for site in probes},
-        }
-
-    levels = []
-    for i, nbeta in enumerate(config.dial_nbetas):
-        drawn = posterior.draw(jax.random.fold_in(posterior_key, i), params, nbeta, **counts)
-        assert drawn.estimate is not None, "posterior draws come with an estimate"
-        by_posterior = measure(drawn, nbeta)
-        matched = match(
-            jax.random.fold_in(noise_key, i),
-            WeightNoise(),
-            params,
-            loss_probe,
-            by_posterior["excess_loss"],
-            bracket=_NOISE_BRACKET,
-            **counts,
-        )
-        levels.append(
-            {
-                "nbeta": nbeta,
-                "excess_loss": by_posterior["excess_loss"],
-                "estimate": describe(drawn.estimate),
-                "gaussian_llc": spectrum.llc(nbeta, config.localization)[0],
-                "dials": {"posterior": by_posterior, "weight_noise": measure(matched.degraded, matched.level)},
-            }
-        )
-    # The trained network on the same examples, so that their sampling error drops out of the comparison.
-    undamaged = over_draws(probe_key, probe, jax.tree.map(lambda w: w[None, None], params))
-    center = {site: float(undamaged[f"iia {site}"][0, 0]) for site in probes}
-    return {"init_loss": init_loss, "localization": config.localization, "center_iia": center, "levels": levels}, {}
+    # Step 0 is where training starts, and no level: levels are searched in their logarithm.
+    later = np.flatnonzero(trained["steps"] > 0)
+    kept = {name.removeprefix("checkpoints"): leaf[later] for name, leaf in trained.items() if name.startswith("checkpoints")}
+    found = compare_dials(
+        dial_key,
+        posterior,
+        DamagedLoss(NETWORK, config.label_smoothing, data),
+        params,
+        {site: InterchangeProbe(NETWORK, site, fit, examples) for site, fit in fits.items()},
+        Checkpoints(jnp.asarray(trained["steps"][later]), unpack(NETWORK, kept)),
+        config.dial_nbetas,
+        num_chains=config.dial_chains,
+        num_draws=config.dial_draws,
+        rival_draws=config.rival_draws,
+    )
+    return {"localization": config.localization, **found}, {}
 
 
 def _volume(
@@ -565,13 +520,6 @@ def _iia_of_rotations(
         return InterchangeProbe(NETWORK, site, Alignment(rotation, masks), examples)(jax.random.key(0), params)["iia"]
 
     return jax.lax.map(iia, rotations)
-
-
-def _over_chains(name: str, values: Float[np.ndarray, "chain draw"]) -> dict[str, Any]:
-    """Mean over chains, its standard error with the chain as the unit, and the chain means."""
-    per_chain = values.mean(axis=1)
-    error = per_chain.std(ddof=1) / np.sqrt(len(per_chain))
-    return {name: per_chain.mean(), f"{name}_std_error": error, f"{name}_per_chain": per_chain}
 
 
 @jax.jit

@@ -92,7 +92,7 @@ def walk(
     found: dict[str, list[Reading | None]] = {name: [None] * len(levels) for name in (*posteriors, *rivals)}
 
     def keep(name: str, i: int, matched: Matched) -> None:
-        if not levels[i] / _REACHED <= matched.excess_loss <= levels[i] * _REACHED:
+        if not levels[i] / REACHED <= matched.excess_loss <= levels[i] * REACHED:
             return
         found[name][i] = read(matched.degraded) | {
             "target": levels[i],
@@ -116,7 +116,7 @@ def walk(
         rival_key = jax.random.fold_in(key, len(posteriors) + index)
         for i, level in enumerate(levels):
             try:
-                matched = match(rival_key, dial, params, behavior, level, bracket=_BRACKETS[name], **counts)
+                matched = match(rival_key, dial, params, behavior, level, bracket=BRACKETS[name], **counts)
             except InputError:
                 # Nowhere does the dial damage the network so little, or so much.
                 continue
@@ -228,7 +228,7 @@ def rhat_by_chance(num_chains: int, num_draws: int, seed: int) -> float | None:
     return float(np.mean([split_rhat(series) > RHAT_LIMIT for series in noise]))
 
 
-_BRACKETS = {
+BRACKETS = {
     "weight_noise": (1e-4, 3.0),
     "weight_noise_per_layer": (1e-4, 3.0),
     "activation_noise": (1e-4, 10.0),
@@ -240,7 +240,7 @@ _BRACKETS = {
 }
 """Levels between which each dial is searched."""
 
-_REACHED = 1.5
+REACHED = 1.5
 """A dial stands at a level if its excess loss is that up to this factor; those that move in steps may not come near."""
 
 LOWEST_ACCURACY = 0.9

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from slt_interp.data import Batch, Minibatches
 from slt_interp.estimators.llc import LLCEstimate
@@ -31,8 +31,12 @@ class SmoothedCrossEntropy:
 
     def __call__(self, params: Params, batch: dict[str, Array]) -> Float[Array, ""]:
         """Compute the loss on {"inputs": (example, input), "labels": (example,)}."""
-        log_probabilities = jax.nn.log_softmax(self.network.apply(params, batch["inputs"]))
-        right = jnp.take_along_axis(log_probabilities, batch["labels"][:, None], axis=1)[:, 0]
+        return self.of_logits(self.network.apply(params, batch["inputs"]), batch["labels"])
+
+    def of_logits(self, logits: Float[Array, "example class"], labels: Int[Array, " example"]) -> Float[Array, ""]:
+        """Compute the loss of outputs, whatever was done to the network on the way."""
+        log_probabilities = jax.nn.log_softmax(logits)
+        right = jnp.take_along_axis(log_probabilities, labels[:, None], axis=1)[:, 0]
         return -jnp.mean((1 - self.smoothing) * right + self.smoothing * log_probabilities.mean(axis=1))
 
     @property
