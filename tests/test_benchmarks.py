@@ -240,6 +240,48 @@ def test_nested_sampler_stops_at_its_budget(volume_peers, key):
 
 
 @pytest.mark.slow
+def test_network_volume_measures_time_cost_and_volume(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "network_volume.py"), "smoke", "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    results = read_run(tmp_path / "run").results
+    sampled, gaussian = ([row for row in results["rows"] if row["method"] == method] for method in ("subset", "gaussian"))
+    assert len(sampled) == len(gaussian) == 2
+    assert results["agreement"] == []
+    assert gaussian[0]["std_error"] == 0
+    for row in sampled:
+        assert row["std_error"] > 0
+        assert row["seconds"] > 0
+        assert row["compile_seconds"] > 0
+        # Each step takes a loss, and one that reflects a gradient and a second loss.
+        assert row["num_losses"] > row["num_gradients"] > 0
+    assert "ln V(0.3)" in done.stdout
+
+
+@pytest.fixture
+def network_volume(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module("network_volume")
+
+
+def test_agreement_of_volumes_is_read_where_both_have_a_number(network_volume):
+    row = {"base_scale": 0.1, "seed": 0, "std_error": 3.0}
+    rows = [
+        row | {"method": method, "threshold": threshold, "log_volume": value}
+        for method, threshold, value in [
+            ("tempering", 0.5, -22.0),
+            ("tempering", 1.0, -5.0),
+            ("subset", 0.5, -20.0),
+            ("subset", 1.0, None),
+            ("gaussian", 0.5, -1.0),
+        ]
+    ]
+    (found,) = network_volume._agreement(rows)
+    assert (found["threshold"], found["gap"]) == (0.5, -2.0)
+    assert found["std_error"] == pytest.approx(np.sqrt(18.0))
+
+
+@pytest.mark.slow
 def test_curvature_scale_measures_spectra_and_a_network(tmp_path):
     command = [sys.executable, str(BENCHMARKS / "curvature_scale.py"), "smoke", "--out", str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -260,12 +260,12 @@ def test_sentences_about_the_volume_follow_from_its_numbers(smoke):
     assert "10.0 ± 1.0 nats more" in sentences()
     volume["tempering"] |= {"log_volume": [None], "std_error": [None], "status": "refused", "warnings": ["no way"]}
     assert "have no threshold in common" in sentences()
-    assert "Tempering: refused. Warning of tempering: no way." in sentences()
+    assert f"Tempering: refused at {high:g} nats. Warning of tempering: no way." in sentences()
     volume["tempering"] = None
     assert "No second route was gone" in sentences()
     volume["subset"] |= {"log_volume": [None, None], "std_error": [None, None], "status": "refused"}
     assert "gives no volume at any threshold" in volume_sentences(results)[0]
-    assert "Subset simulation: refused." in sentences()
+    assert f"Subset simulation: refused at {low:g} and {high:g} nats." in sentences()
 
 
 @pytest.mark.parametrize("is_refused", [False, True])
@@ -277,9 +277,9 @@ def test_volumes_stand_in_the_report(smoke, tmp_path, is_refused):
         results["volume"]["tempering"] |= {"log_volume": [None], "std_error": [None]}
     (copied / "results.json").write_text(json.dumps(results))
     html = render(copied).read_text()
-    assert "-40.0 ± 1.0" in html
+    assert "-40.00 ± 1.00" in html
     assert "not asked" in html
-    assert ("refused" if is_refused else "-22.0 ± 1.0") in html
+    assert ("refused" if is_refused else "-22.00 ± 1.00") in html
 
 
 def test_warnings_stand_in_the_report(smoke, tmp_path):

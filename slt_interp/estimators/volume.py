@@ -114,7 +114,7 @@ def tempered_volume(
     if labels is not None:
         check_labels(labels, params)
     probe_key, ladder_key = jax.random.split(key)
-    max_nbeta = _coldest(probe_key, LocalPosterior(loss_fn, params, 1 / thresholds[0], base), params, data, progress)
+    max_nbeta, spent = _coldest(probe_key, LocalPosterior(loss_fn, params, 1 / thresholds[0], base), params, data, progress)
     ladder = temper(
         ladder_key,
         loss_fn,
@@ -173,7 +173,7 @@ def tempered_volume(
         {
             "num_rungs": len(ladder.nbetas),
             "max_nbeta": float(ladder.nbetas[-1]),
-            "gradients": ladder.gradients_per_chain * ladder.loss.shape[1],
+            "gradients": spent + ladder.gradients_per_chain * ladder.loss.shape[1],
             "smallest_exchange": float(ladder.exchange.min()),
             "round_trips_per_chain": ladder.round_trips,
             "saddle_point": found.saddle_point.tolist(),
@@ -182,14 +182,16 @@ def tempered_volume(
     )
 
 
-def _coldest(key: Key[Array, ""], target: LocalPosterior, params: Params, data: Batch, progress: bool) -> float:
+def _coldest(key: Key[Array, ""], target: LocalPosterior, params: Params, data: Batch, progress: bool) -> tuple[float, float]:
     """Choose the coldest rung: twice (1 + LLC) / eps, beyond the saddle point, with the LLC of a short run there.
 
-    The first run is at the nbeta of `target`, 1 / eps. Where the LLC rises with nbeta, as in a network, others follow.
+    The first run is at the nbeta of `target`, 1 / eps. Where the LLC rises with nbeta, as in a network, others follow. Also
+    returns the gradients of all.
     """
     check_target(target, params, data)
     init_loss = float(target.loss(target.position(params), data))
     coldest = threshold_nbeta = float(target.nbeta)
+    spent = 0.0
     for look in range(_MAX_LOOKS):
         nbeta = coldest
         draws = sample(
@@ -203,11 +205,12 @@ def _coldest(key: Key[Array, ""], target: LocalPosterior, params: Params, data: 
             mesh=chain_mesh(4),
             progress=progress,
         )
+        spent += float(draws.num_gradients.sum())
         energy = nbeta * (float(draws.loss[draws.is_finite].mean()) - init_loss)
         coldest = max(nbeta, 2 * (1 + max(0.0, energy)) * threshold_nbeta)
         if coldest <= _SETTLED * nbeta:
             break
-    return coldest
+    return coldest, spent
 
 
 _MAX_LOOKS, _SETTLED = 6, 1.2

@@ -5,9 +5,10 @@ from typing import Any
 
 import numpy as np
 
+from slt_interp.estimators.volume_estimate import REFUSED
 from slt_interp.report import figures
 from slt_interp.report.page import Section
-from slt_interp.report.words import number
+from slt_interp.report.words import listed, number
 from slt_interp.storage import RunDirectory
 
 Results = dict[str, Any]
@@ -55,8 +56,14 @@ def volume_sentences(results: Results) -> tuple[str, ...]:
             f"the Gaussian's by {slopes[1]:.1f}."
         )
     found.append(_agreement_sentence(volume))
-    for title, asked in ((title, volume[name]) for name, title in ROUTES.items() if volume[name] is not None):
-        found += [f"{title.capitalize()}: {asked['status']}."]
+    for name, title in ROUTES.items():
+        asked = volume[name]
+        if asked is None:
+            continue
+        route = _sampled(volume, name)
+        refused = listed([f"{threshold:g}" for threshold in route.thresholds[np.isnan(route.log_volume)]])
+        verdict = f"refused at {refused} nats" if asked["status"] == REFUSED else asked["status"]
+        found += [f"{title.capitalize()}: {verdict}."]
         found += [f"Warning of {title}: {warning}." for warning in asked["warnings"]]
     if len(known):
         diagnostics = volume["subset"]["diagnostics"]
@@ -80,7 +87,7 @@ def _sampled(volume: Results, name: str) -> figures.SampledVolume:
 def _entries(found: figures.SampledVolume) -> dict[float, str]:
     """Write the volume at every threshold."""
     return {
-        threshold: f"{value:.1f} ± {error:.1f}" if np.isfinite(value) else "refused"
+        threshold: f"{value:.2f} ± {error:.2f}" if np.isfinite(value) else "refused"
         for threshold, value, error in zip(found.thresholds, found.log_volume, found.std_error, strict=True)
     }
 

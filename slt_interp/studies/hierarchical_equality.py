@@ -111,11 +111,11 @@ class Config:
     """Particles of each of its seeds; the cost goes with their number and with -ln V of the smallest threshold."""
     volume_seeds: int = 4
     """Its independent seeds."""
-    volume_tempered: int = 3
+    volume_tempered: int = 2
     """At most so many of the largest thresholds are also reached by tempering, a second route."""
     volume_chains: int = 4
     """Chains of that ladder, an even number."""
-    volume_draws: int = 100
+    volume_draws: int = 200
     """Draws kept of each of them."""
 
 

@@ -93,7 +93,8 @@ def test_a_learning_coefficient_that_rises_with_nbeta_is_followed_to_the_thresho
     )
     at_once = 2 * (1 + llc(1 / threshold)) / threshold
     assert llc(at_once) / at_once > 1.5 * threshold, "one look would end where hardly a draw lies below the threshold"
-    coldest = _coldest(key, target, jnp.zeros(100), None, False)
+    coldest, spent = _coldest(key, target, jnp.zeros(100), None, False)
+    assert spent >= 2 * 4 * 250, "four chains of 250 steps, twice at least"
     # It ends at most 1.2 times below twice (1 + LLC) / threshold; four chains know their energies to a few percent.
     assert 2 * llc(coldest) / coldest < 1.2 * 1.1 * threshold
     assert coldest < 1.1 * 2 * (1 + 50) / threshold
