@@ -45,7 +45,7 @@ class Config:
     """What is measured."""
 
     kinds: tuple[str, ...] = (*CIRCUITS, *ILLUSIONS)
-    num_networks: int = 4
+    num_networks: int = 2
     """Of each kind of circuit and illusion."""
     seed: int = 0
     num_examples: int = 256

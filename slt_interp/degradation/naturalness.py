@@ -97,11 +97,11 @@ def naturalness(found: Survival, *, confidence: float = 0.95) -> Verdict:
     "Held" is a claim at the given confidence; "not held" says that it cannot be made, with what was seen instead.
 
     Levels count where the accuracy is at least 0.9 of the ceiling. There must be some ("no window"), the probe must agree
-    between chains, with an R-hat of at most 1.1 ("not equilibrated"), and the twin must be dead at the mildest of them, F~
-    below 0.5 ("no window": the localization holds it). Then the candidate is held if at every level, by one-sided t tests over
-    chains at the given confidence, corrected for their number after Holm, (i) its F~ is above 0.8; (ii) it is above the twin's
-    by more than 0.1, paired by chain; (iii) its disturbance is below a quarter of its swap disturbance; and (iv) its dormancy
-    share is below 0.25.
+    between chains, with an R-hat of at most 1.1 or a deviation between chains of at most .05 ("not equilibrated"), and the
+    twin must be dead at the mildest of them, F~ below 0.5 ("no window": the localization holds it). Then the candidate is held
+    if at every level, by one-sided t tests over chains at the given confidence, corrected for their number after Holm, (i) its
+    F~ is above 0.8; (ii) it is above the twin's by more than 0.1, paired by chain; (iii) its disturbance is below a quarter of
+    its swap disturbance; and (iv) its dormancy share is below 0.25.
 
     The thresholds are those of a pilot on 19 networks; `operating_rates` says how often verdicts with them were right. A loss
     holds what it holds: an illusion of which half serves another output is held, too, unless the loss is restricted.
@@ -119,9 +119,9 @@ def naturalness(found: Survival, *, confidence: float = 0.95) -> Verdict:
     if not good.any():
         return Verdict(NO_WINDOW, (f"no level keeps {_ACCURACY:.0%} of the accuracy of the weights: take milder levels",), 0)
     count = int(good.sum())
-    # An effect that does not vary at all has no R-hat.
-    varies = np.ptp(found.effect[:count], axis=1) > 0
-    apart = np.flatnonzero(varies & ~(found.rhat[:count] <= _RHAT))
+    # Where chains differ by less than the margins, it does not matter that they differ by more than each varies.
+    spread = np.maximum(found.effect[:count].std(axis=1, ddof=1), found.twin[:count].std(axis=1, ddof=1))
+    apart = np.flatnonzero((spread > _SPREAD) & ~(found.rhat[:count] <= _RHAT))
     if len(apart):
         return Verdict(
             NOT_EQUILIBRATED,
@@ -218,4 +218,7 @@ def _check(found: Survival) -> None:
         raise InputError(f"a verdict needs {_MIN_CHAINS} chains, its unit of replication, but there are {shape[1]}")
 
 
-_ACCURACY, _RHAT, _DEAD, _ALIVE, _ABOVE, _DISTURBED, _DORMANT, _MIN_CHAINS = 0.9, 1.1, 0.5, 0.8, 0.1, 0.25, 0.25, 4
+_ACCURACY, _DEAD, _ALIVE, _ABOVE, _DISTURBED, _DORMANT, _MIN_CHAINS = 0.9, 0.5, 0.8, 0.1, 0.25, 0.25, 4
+
+_RHAT, _SPREAD = 1.1, 0.05
+"""Chains agree if R-hat, or the deviation of their means, is at most that; the second is half of the smallest margin."""
