@@ -29,7 +29,7 @@ from slt_interp.degradation.survival import measure_survival
 from slt_interp.models.mlp import MLP
 from slt_interp.probes.alignment import fit_alignment
 from slt_interp.probes.interchange import Alignment
-from slt_interp.storage import RunDirectory, open_run
+from slt_interp.storage import Arrays, RunDirectory, open_run
 from slt_interp.studies import trained_circuits as trained
 from slt_interp.studies.networks import SmoothedCrossEntropy
 from slt_interp.tasks.hierarchical_equality import MODELS, FreshExamples, Interventions, SameValue
@@ -79,7 +79,7 @@ def main(config: Config, out: Path) -> RunDirectory:
     for kind in config.kinds:
         for i in range(config.num_networks):
             name = f"{kind} {i}".replace("'", "").replace(", ", " ")
-            cases[name] = run.stage(name.replace(" ", "-"), lambda kind=kind, i=i: (_judge(config, kind, i), {}))[0]
+            cases[name] = run.stage(name.replace(" ", "-"), lambda kind=kind, i=i: _judge(config, kind, i))[0]
     run.finish({"cases": list(cases.values()), "rates": rates(list(cases.values()))})
     return run
 
@@ -116,7 +116,7 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _judge(config: Config, kind: str, index: int) -> dict[str, Any]:
+def _judge(config: Config, kind: str, index: int) -> tuple[dict[str, Any], Arrays]:
     key = jax.random.fold_in(jax.random.key(config.seed), index)
     network, params, site, alignment, options = _candidate(key, config, kind, index)
     variable = VARIABLE.get(kind.split(",")[0], "left")
@@ -137,7 +137,8 @@ def _judge(config: Config, kind: str, index: int) -> dict[str, Any]:
         **options,
     )
     verdict = naturalness(survival)
-    return {"kind": kind, "index": index, "verdict": verdict.word, "reasons": verdict.reasons, **_curves(survival)}
+    found = {"kind": kind, "index": index, "verdict": verdict.word, "reasons": verdict.reasons, **_curves(survival)}
+    return found, {name: np.asarray(value) for name, value in vars(survival).items()}
 
 
 def _curves(survival: Survival) -> dict[str, Any]:

@@ -33,7 +33,7 @@ class Survival:
         disturbance: of the candidate, nats.
         swap_disturbance: of the candidate, nats.
         accuracy: of the networks.
-        rhat: at each level, over chains and draws, the larger of those of the candidate's and the twin's effect.
+        rhat: of the candidate's effect at each level, over chains and draws.
         dormancy: the candidate's dormancy share at the weights themselves.
         ceiling: accuracy at the weights themselves.
         localization: gamma of the posterior.
@@ -120,7 +120,7 @@ def naturalness(found: Survival, *, confidence: float = 0.95) -> Verdict:
         return Verdict(NO_WINDOW, (f"no level keeps {_ACCURACY:.0%} of the accuracy of the weights: take milder levels",), 0)
     count = int(good.sum())
     # Where chains differ by less than the margins, it does not matter that they differ by more than each varies.
-    spread = np.maximum(found.effect[:count].std(axis=1, ddof=1), found.twin[:count].std(axis=1, ddof=1))
+    spread = found.effect[:count].std(axis=1, ddof=1)
     apart = np.flatnonzero((spread > _SPREAD) & ~(found.rhat[:count] <= _RHAT))
     if len(apart):
         return Verdict(

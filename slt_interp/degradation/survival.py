@@ -270,7 +270,7 @@ def _to_survival(
     return Survival(
         excess_loss=np.array([excess_loss for excess_loss, _ in levels]),
         **{name: means[name] for name in names},
-        rhat=np.array([max(_rhat(read["effect"]), _rhat(read["twin"])) for _, read in levels]),
+        rhat=np.array([_rhat(read["effect"]) for _, read in levels]),
         dormancy=dormancy,
         ceiling=ceiling,
         localization=localization,
