@@ -125,4 +125,3 @@ for ax, title, survival in zip(axes, ("found by the search", "planted"), (candid
     ax.set(xscale="log", xlabel="excess loss (nats)", title=f"candidate: {title}", ylim=(-0.1, 1.1))
 axes[0].set_ylabel("scaled effect after a refit")
 axes[0].legend()
-plt.show()

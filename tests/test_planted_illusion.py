@@ -1,6 +1,8 @@
 """The study `planted-illusion`: scores of dials on curves that are known, and a report that says what its numbers say."""
 
 import copy
+import html
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,55 @@ from slt_interp.storage import read_run
 from slt_interp.studies.matched_dials import score_dial, score_dials
 
 LEVELS = (0.01, 0.02, 0.05, 0.1)
+BUNDLED = Path(__file__).parents[1] / "benchmarks" / "reports" / "planted-illusion"
+
+
+@pytest.fixture
+def results():
+    return json.loads((BUNDLED / "results.json").read_text())
+
+
+def test_bundled_report_says_what_its_results_say(results):
+    page = html.unescape((BUNDLED / "report.html").read_text())
+    for sentence in report.findings(results):
+        assert sentence in page
+
+
+def test_bundled_scores_are_recomputed_from_the_bundled_curves(results):
+    levels = np.array(results["settings"]["levels"])
+    for name, entry in results["dials"].items():
+        again = score_dial(levels, results["curves"][name], np.random.default_rng(0))
+        assert again["num_networks"] == entry["num_networks"]
+        if entry["num_networks"]:
+            for key in ("auroc", "auroc_low", "auroc_high", "auroc_pinned", "paired", "censored"):
+                assert again[key] == pytest.approx(entry[key]), (name, key)
+
+
+@pytest.mark.parametrize(
+    ("dial", "changes", "expected"),
+    [
+        (
+            "weight_noise",
+            {"auroc": 0.99, "auroc_low": 0.9, "auroc_high": 1.0},
+            "told from the planted illusion by tempered posterior",
+        ),
+        ("posterior", {"auroc": 0.123, "auroc_low": 0.1, "auroc_high": 0.2}, "0.12 (0.10 to 0.20)"),
+        ("posterior", {"num_networks": 0}, "tempered posterior at γ = 10: not comparable"),
+        ("posterior_restricted", {"auroc_pinned": 0.4321}, "of the task's answer alone: 0.43"),
+        (
+            "pruning",
+            {"num_networks": 32, "auroc": 0.2, "auroc_low": 0.1, "auroc_high": 0.3, "auroc_pinned_low": 0.1},
+            "3 dials cannot",
+        ),
+    ],
+)
+def test_changed_result_changes_its_sentence(results, dial, changes, expected):
+    before = report.findings(results)
+    changed = copy.deepcopy(results)
+    changed["dials"][dial] |= changes
+    after = report.findings(changed)
+    assert after != before
+    assert expected in " ".join(after)
 
 
 def reading(level, genuine, planted, *, excess=None, is_comparable=True):
