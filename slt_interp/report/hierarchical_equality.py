@@ -7,7 +7,7 @@ import numpy as np
 
 from slt_interp.curvature.gaussian import gaussian_llc
 from slt_interp.estimators.llc import OK
-from slt_interp.report import figures
+from slt_interp.report import circuit_search, figures
 from slt_interp.report.page import Page, Section
 from slt_interp.report.words import number, show
 from slt_interp.storage import RunDirectory
@@ -54,12 +54,13 @@ def page(run: RunDirectory) -> Page:
         _spectrum(results, run),
         _volume(results, run),
         _degradation(results),
+        *circuit_search.sections(results),
     )
     return Page(
         title="Hierarchical equality: the basin of a trained network, and a circuit in it",
         findings=findings(results),
         sections=sections,
-        symbols=SYMBOLS,
+        symbols=SYMBOLS + circuit_search.SYMBOLS,
     )
 
 
@@ -73,7 +74,7 @@ def findings(results: Results) -> tuple[str, ...]:
         _rank_sentence(spectrum),
     ]
     answers += [_survival_sentence(results, site) for site in results["alignment"]["sites"]]
-    return tuple(answers)
+    return (*answers, *circuit_search.findings(results))
 
 
 def _training(results: Results, run: RunDirectory) -> Section:
