@@ -101,7 +101,8 @@ def missed_sentence(search: Results, site: str) -> str:
     fits = _linear_fits(search, site)
     starts = np.concatenate([fit["restart_iia"] for fit in fits])
     best = _best(search, site)
-    head = f"At {site} all {len(starts)} starts of linear maps fail alike (IIA {starts.min():.3f} to {starts.max():.3f})"
+    alike = " alike" if np.ptp(starts) < 2 * ALIKE else ""
+    head = f"At {site} all {len(starts)} starts of linear maps fail{alike} (IIA {starts.min():.3f} to {starts.max():.3f})"
     rivals = {"a choice of neurons": search["neurons"][site]["best"]}
     if site == INPUTS:
         rivals = {"the known alignment": search["known"], **rivals}
@@ -111,8 +112,8 @@ def missed_sentence(search: Results, site: str) -> str:
     names = listed([f"{name} (IIA {_share(entry)})" for name, entry in better.items()])
     is_there = any(_low(entry) > _bar(search, site, ()) for entry in better.values())
     if is_there:
-        return f"{head}, but what they look for is there: {names} does better, and every such alignment is a rotation. There the search is hard, not the concept absent."
-    return f"{head}, although {names} does better, and is a rotation: there the search is hard. Random rotations reach as much, so that the concept may be absent, too."
+        return f"{head}, but what they look for is there: better is {names}, and every such alignment is a rotation. There the search is hard, not the concept absent."
+    return f"{head}, although better is {names}, and that is a rotation: there the search is hard. Random rotations reach as much, so that the concept may be absent, too."
 
 
 def starts_sentence(search: Results) -> str:
@@ -449,7 +450,7 @@ def _high(entry: Results) -> float:
 
 
 def _share(entry: Results) -> str:
-    return f"{entry['iia']:.3f} ± {entry['std_error']:.3f}"
+    return f"{entry['iia']:.3f} ± {entry['std_error']:.1g}"
 
 
 def _told(fit: Results) -> str:
