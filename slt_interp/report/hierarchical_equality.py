@@ -6,7 +6,7 @@ import numpy as np
 
 from slt_interp.curvature.gaussian import gaussian_llc
 from slt_interp.estimators.llc import OK
-from slt_interp.report import figures
+from slt_interp.report import circuit_search, figures
 from slt_interp.report.basin_volume import volume_section, volume_sentences
 from slt_interp.report.dial_comparison import degradation_section, survival_sentence
 from slt_interp.report.page import Page, Section
@@ -51,12 +51,13 @@ def page(run: RunDirectory) -> Page:
         _spectrum(results, run),
         volume_section(results, run),
         degradation_section(results),
+        *circuit_search.sections(results),
     )
     return Page(
         title="Hierarchical equality: the basin of a trained network, and a circuit in it",
         findings=findings(results),
         sections=sections,
-        symbols=SYMBOLS,
+        symbols=SYMBOLS + circuit_search.SYMBOLS,
     )
 
 
@@ -71,7 +72,7 @@ def findings(results: Results) -> tuple[str, ...]:
     ]
     answers += volume_sentences(results)[:1]
     answers += [survival_sentence(results, site) for site in results["alignment"]["sites"]]
-    return tuple(answers)
+    return (*answers, *circuit_search.findings(results))
 
 
 def _training(results: Results, run: RunDirectory) -> Section:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 from tqdm.auto import tqdm
 
 from slt_interp.bases import Gaussian
@@ -37,6 +37,7 @@ from slt_interp.samplers.chains import chain_mesh, sample
 from slt_interp.samplers.sgld import SGLD
 from slt_interp.storage import Arrays, RunDirectory
 from slt_interp.studies.basin_volume import volume_by_two_routes
+from slt_interp.studies.circuit_search import FIRST_LAYER, MAPS, Search, scrub_circuits, search_circuits
 from slt_interp.studies.dial_comparison import DamagedLoss, compare_dials
 from slt_interp.studies.networks import SmoothedCrossEntropy, describe, pack, unpack
 from slt_interp.studies.study import Study, check_ranges
@@ -117,6 +118,20 @@ class Config:
     """Chains of that ladder, an even number."""
     volume_draws: int = 200
     """Draws kept of each of them."""
+    search_maps: tuple[str, ...] = ("rotation", "linear", "RevNet")
+    """Maps that are searched at every site: rotation, which must be among them, linear and RevNet."""
+    search_sizes: tuple[int, ...] = (4, 8)
+    """Directions that each variable may have in those searches."""
+    search_steps: int = 300
+    """Steps of Adam in each of them."""
+    search_restarts: int = 5
+    """Random starts of each, with rotations and linear maps at the hidden layers."""
+    search_input_restarts: int = 20
+    """Random starts of each at the inputs, rounded up to a multiple of those at the hidden layers."""
+    search_revnet_restarts: int = 2
+    """Random starts of each with RevNet maps."""
+    search_neurons: int = 8
+    """Neurons of each variable where single ones are tried in all choices: 1, 2 or 8, as others are too many."""
 
 
 SMOKE = Config(
@@ -140,6 +155,12 @@ SMOKE = Config(
     volume_thresholds=(0.8, 1.0),
     volume_particles=20,
     volume_tempered=0,
+    search_maps=("rotation",),
+    search_sizes=(8,),
+    search_steps=50,
+    search_restarts=2,
+    search_input_restarts=4,
+    search_neurons=1,
 )
 
 FULL = replace(
@@ -161,6 +182,10 @@ FULL = replace(
     volume_tempered=7,
     volume_chains=8,
     volume_draws=400,
+    search_sizes=(1, 2, 4, 8),
+    search_steps=3000,
+    search_restarts=20,
+    search_revnet_restarts=20,
 )
 
 NETWORK = MLP((NUM_INPUTS, 16, 16, 16, 2))
@@ -187,6 +212,18 @@ def check(config: Config) -> None:
     check_thresholds(config.volume_thresholds)
     if config.volume_chains % 2:
         raise InputError(f"volume_chains must be even, but is {config.volume_chains}: change --volume-chains")
+    if "rotation" not in config.search_maps or not set(config.search_maps) <= set(MAPS):
+        raise InputError(
+            f"search_maps must be rotation and any of {', '.join(MAPS)}, but is {config.search_maps}: change --search-maps"
+        )
+    if not config.search_sizes or not all(1 <= size <= width // 2 for size in config.search_sizes):
+        raise InputError(
+            f"search_sizes must be numbers from 1 to {width // 2}, but is {config.search_sizes}: change --search-sizes"
+        )
+    if config.search_neurons not in (1, 2, width // 2):
+        raise InputError(
+            f"search_neurons must be 1, 2 or {width // 2}, but is {config.search_neurons}: change --search-neurons"
+        )
 
 
 def compute(config: Config, run: RunDirectory, progress: bool) -> dict[str, Any]:
@@ -211,6 +248,8 @@ def compute(config: Config, run: RunDirectory, progress: bool) -> dict[str, Any]
     alignments = stage("alignment", _align, params)
     stage("degradation", _degrade, params, data, alignments, trained)
     stage("volume", _volume, params, data, spectrum)
+    found = stage("search", _search, params)
+    stage("scrubbing", _scrub, params, found)
     return results
 
 
@@ -508,6 +547,47 @@ def _volume(
     return {"base_scale": base.scale, "gaussian": spectrum.log_volume(thresholds, base), **found}, {}
 
 
+def _search(
+    key: Key[Array, ""], config: Config, loss_fn: SmoothedCrossEntropy, progress: bool, params: Params
+) -> tuple[dict[str, Any], Arrays]:
+    search = Search(
+        config.search_maps,
+        tuple(sorted(config.search_sizes)),
+        config.search_steps,
+        config.search_restarts,
+        config.search_input_restarts,
+        config.search_revnet_restarts,
+        config.num_counterfactuals,
+        config.num_random,
+        config.search_neurons,
+    )
+    init_key, train_key, search_key = jax.random.split(key, 3)
+    untrained = NETWORK.init(init_key)
+    other = replace(NETWORK, activation=jax.nn.sigmoid)
+    # At the other's learning rate, this one still answers by chance when training ends.
+    optimizer = optax.adam(optax.cosine_decay_schedule(10 * config.learning_rate, config.train_steps))
+    batches = FreshExamples(config.train_batch)
+    training = train(
+        train_key,
+        replace(loss_fn, network=other),
+        other.init(init_key),
+        batches,
+        optimizer,
+        num_steps=config.train_steps,
+        progress=progress,
+    )
+    networks = {"trained": (NETWORK, params), "untrained": (NETWORK, untrained), "sigmoid": (other, training.params)}
+    return search_circuits(search_key, search, networks, progress=progress)
+
+
+def _scrub(
+    key: Key[Array, ""], config: Config, loss_fn: SmoothedCrossEntropy, progress: bool, params: Params, found: Arrays
+) -> tuple[dict[str, Any], Arrays]:
+    del loss_fn, progress
+    rotations = {size: jnp.asarray(found[f"rotation {FIRST_LAYER} {size}"]) for size in sorted(config.search_sizes)}
+    return scrub_circuits(key, NETWORK, params, rotations, config.num_counterfactuals), {}
+
+
 @functools.partial(jax.jit, static_argnames=("site",))
 def _iia_of_rotations(
     params: Params,
@@ -531,7 +611,7 @@ def _nbeta(config: Config) -> float:
     return customary_nbeta(config.num_examples) if config.nbeta is None else config.nbeta
 
 
-_STAGES = ("training", "polish", "spectrum", "llc", "alignment", "degradation", "volume")
+_STAGES = ("training", "polish", "spectrum", "llc", "alignment", "degradation", "volume", "search", "scrubbing")
 
 STUDY = Study(
     name="hierarchical-equality",
