@@ -185,6 +185,9 @@ def test_gaussian_volume_is_recomputed_from_the_kept_eigenvalues(smoke):
         (("spectrum", "dimension"), 10, "d / 2 is 5"),
         (("alignment", "sites", "layer1", "iia"), 0.111, "In layer1 the alignment found has IIA 0.111"),
         (("alignment", "sites", "layer1", "random_iia_std"), 9.0, "no alignment there to speak of"),
+        (("scrubbing", "hypotheses", 0, "kl"), 98.7, "KL 98.7"),
+        (("scrubbing", "hypotheses", 1, "kl"), 87.6, "against 87.6"),
+        (("search", "fits", 2, "iia"), 0.7531, "0.753"),
     ],
 )
 def test_changed_result_changes_its_sentence(smoke, path, value, expected):
