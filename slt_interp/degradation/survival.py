@@ -97,7 +97,7 @@ def measure_survival(
     planted = plant(network, params, site, alignment, variable)
     kept = planted.network if behavior is None else behavior(planted.network)
     seen = planted.network if answer is None else answer(planted.network)
-    probe = circuit_probe(example_key, planted, seen, site, variable, swapped, matched, num_counterfactuals)
+    probe = circuit_probe(example_key, planted, seen, site, variable, swapped, matched, num_counterfactuals, is_confined=True)
     excess = BehaviorProbe.at(kept, planted.params, inputs)
     loss_fn, reference = behavioral_kl(Untapped(kept), planted.params, inputs)
     if localization is None:
@@ -202,15 +202,20 @@ def circuit_probe(
     swapped: Draw,
     matched: Draw,
     num_counterfactuals: int,
+    *,
+    is_confined: bool,
 ) -> CircuitProbe:
     """Make the probe of a candidate and its planted twin, with examples of its own; `network` gives the answer to look at.
 
-    The candidate is refitted among the units that the network had before and the copies u, which the network may come to read
-    in their place; the twin among those that were planted for it. Random maps are those of the network before.
+    The twin is refitted among the units that were planted for it. So is, if `is_confined`, the candidate among those that its
+    directions reach into, or an illusion would turn into the circuit beside it; a circuit that is known to be one may be let to
+    follow its network among all units that there were. The copies u belong to either: the network may come to read them in
+    place of what they copy. Random maps are those of the network before.
     """
     keys = jax.random.split(key, 3)
     candidate, twin = (Alignment(a.rotation, a.masks[variable : variable + 1]) for a in (planted.genuine, planted.twin))
     twin_units = _reached(twin)
+    own = _reached(candidate) if is_confined else jnp.ones(len(twin_units))
     width, before = len(twin.rotation), planted.copies[0]
     rotations = jnp.broadcast_to(jnp.eye(width), (_NUM_RANDOM, width, width))
     rotations = rotations.at[:, :before, :before].set(random_rotations(keys[2], _NUM_RANDOM, before))
@@ -219,7 +224,7 @@ def circuit_probe(
         site,
         candidate,
         twin,
-        (jnp.arange(width) <= planted.copies[-1]).astype(jnp.float32),
+        jnp.where(jnp.arange(width) < before, own, jnp.arange(width) <= planted.copies[-1]).astype(jnp.float32),
         twin_units,
         Alignment(rotations, jnp.broadcast_to(candidate.masks, (_NUM_RANDOM, *candidate.masks.shape))),
         swapped(keys[0], num_counterfactuals),

@@ -87,7 +87,15 @@ def measure_trained(
     data = FreshExamples(num_examples, ENTITY_SIZE)(data_key)
     planted = plant(NETWORK, params, SITE, halves(), 0)
     probe = circuit_probe(
-        example_key, planted, planted.network, SITE, 0, _SWAPPED, SameValue(0, ENTITY_SIZE), num_counterfactuals
+        example_key,
+        planted,
+        planted.network,
+        SITE,
+        0,
+        _SWAPPED,
+        SameValue(0, ENTITY_SIZE),
+        num_counterfactuals,
+        is_confined=False,
     )
     behavior = BehaviorProbe.at(planted.network, planted.params, data["inputs"])
     loss_fn, reference = behavioral_kl(Untapped(planted.network), planted.params, data["inputs"])

@@ -22,7 +22,7 @@ def alone(params):
 
 def test_at_the_weights_candidate_and_twin_have_the_whole_effect_and_random_maps_do_not(key):
     planted = plant(NETWORK, PARAMS, "layer2", UNIT, 0)
-    probe = circuit_probe(key, planted, planted.network, "layer2", 0, SWAPPED, MATCHED, 1000)
+    probe = circuit_probe(key, planted, planted.network, "layer2", 0, SWAPPED, MATCHED, 1000, is_confined=True)
     read = {name: float(x[0, 0]) for name, x in over_draws(key, probe, alone(planted.params)).items()}
     # Of differing pairs 1 in (.5)^4 / 4! = 1 / 384 counts as equal; base, source and answer may each have one.
     wrong = 3 / 384
@@ -34,9 +34,11 @@ def test_at_the_weights_candidate_and_twin_have_the_whole_effect_and_random_maps
 
 def test_refits_stay_among_their_units(key):
     planted = plant(NETWORK, PARAMS, "layer2", UNIT, 0)
-    probe = circuit_probe(key, planted, planted.network, "layer2", 0, SWAPPED, MATCHED, 100)
+    free = circuit_probe(key, planted, planted.network, "layer2", 0, SWAPPED, MATCHED, 100, is_confined=False)
+    assert free.units.tolist() == [1, 1, 1, 0]
+    probe = circuit_probe(key, planted, planted.network, "layer2", 0, SWAPPED, MATCHED, 100, is_confined=True)
+    assert probe.units.tolist() == [1, 0, 1, 0]
     assert probe.twin_units.tolist() == [0, 0, 1, 1]
-    assert probe.units.tolist() == [1, 1, 0, 0]
     # What nothing reads, moved: the twin has nothing left to turn to, the circuit is as it was.
     moved = jax.tree.map(np.array, planted.params)
     moved["layers"][1]["kernel"][:, 2] = np.random.default_rng(0).normal(size=16)
