@@ -277,6 +277,8 @@ def _trained_sentence(results: Results) -> str:
 
 def _quality_sentence(name: str, entry: Results, results: Results) -> str:
     settings = results["settings"]
+    if entry["rhat"] is None:
+        return f"{dial_name(name).capitalize()}: excess losses within {show(entry['loss_error'], '.0%')} of the levels; too few draws of each chain for an R-hat."
     chance = show(settings["rhat_above_limit_by_chance"], ".0%")
     title = dial_name(name)
     return (

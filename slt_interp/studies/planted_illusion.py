@@ -103,6 +103,9 @@ CELLS = ("genuine", "planted", "pinned", "redundant")
 
 RESTRICTED = "posterior_restricted"
 
+_TRAINED_DRAWS = 2
+"""Of each chain where every draw has two alignments refitted."""
+
 
 @partial(register_dataclass, data_fields=["behavior", "examples", "alignments", "random", "damage"], meta_fields=["network"])
 @dataclass(frozen=True)
@@ -240,25 +243,22 @@ def _network(key: Key[Array, ""], config: Config, index: int) -> tuple[dict[str,
 
 
 def _trained(key: Key[Array, ""], config: Config, run: RunDirectory, progress: bool) -> dict[str, Any]:
-    """Measure networks with circuits put in by training, at every second level."""
+    """Measure networks with circuits put in by training, at the reference's localization and every second level."""
     levels = config.levels[1::2] if len(config.levels) > 3 else config.levels
     keys = jax.random.split(key, config.num_trained + 1)
     params = train_circuits(keys[0], config.num_trained, config.train_steps)
     found = []
     for i in tqdm(range(config.num_trained), desc="trained networks", unit="network", disable=not progress):
-        settings = {
-            name: getattr(config, name)
-            for name in (
-                "num_examples",
-                "num_counterfactuals",
-                "localizations",
-                "num_chains",
-                "num_draws",
-                "burnin",
-                "thinning",
-            )
-        }
-        measured = partial(measure_trained, keys[i + 1], jax.tree.map(lambda w, i=i: w[i], params), levels=levels, **settings)
+        names = ("num_examples", "num_counterfactuals", "num_chains", "burnin", "thinning")
+        measured = partial(
+            measure_trained,
+            keys[i + 1],
+            jax.tree.map(lambda w, i=i: w[i], params),
+            localization=config.localizations[0],
+            levels=levels,
+            num_draws=_TRAINED_DRAWS,
+            **{name: getattr(config, name) for name in names},
+        )
         found.append(run.stage(f"trained{i}", measured)[0])
     scores = score_dials(levels, [network["dials"] for network in found], TRAINED_CELLS, config.seed)
     return {"levels": list(levels), "center": [network["center"] for network in found], **scores}

@@ -75,7 +75,7 @@ def measure_trained(
     *,
     num_examples: int,
     num_counterfactuals: int,
-    localizations: Sequence[float],
+    localization: float,
     levels: Sequence[float],
     num_chains: int,
     num_draws: int,
@@ -100,12 +100,8 @@ def measure_trained(
     behavior = BehaviorProbe.at(planted.network, planted.params, data["inputs"])
     loss_fn, reference = behavioral_kl(Untapped(planted.network), planted.params, data["inputs"])
 
-    def posterior(gamma: float) -> Posterior:
-        kernel = partial(HMC, step_size=0.1)
-        return Posterior(
-            TemperedPosterior(loss_fn, reference, gamma, kernel, num_burnin=burnin, thinning=thinning, progress=False), behavior
-        )
-
+    kernel = partial(HMC, step_size=0.1)
+    dial = TemperedPosterior(loss_fn, reference, localization, kernel, num_burnin=burnin, thinning=thinning, progress=False)
     center = _measure(probe_key, probe, Degraded(jax.tree.map(lambda w: w[None, None], planted.params)))
 
     def read(degraded: Degraded) -> Reading:
@@ -118,12 +114,11 @@ def measure_trained(
             "cells": {cell: cell_reading(values[name], random, accuracy) for cell, name in effects.items()},
         }
 
-    first, *others = localizations
     labels = SmoothedCrossEntropy(planted.network, _SMOOTHING)
-    rivals = make_rivals(planted.network, planted.params, data["inputs"], first, labels, data)
+    rivals = make_rivals(planted.network, planted.params, data["inputs"], localization, labels, data)
     dials = walk(
         dial_key,
-        {REFERENCE: posterior(first)} | {f"{REFERENCE}_gamma_{gamma:g}": posterior(gamma) for gamma in others},
+        {REFERENCE: Posterior(dial, behavior)},
         {name: rivals[name] for name in DIALS},
         planted.params,
         behavior,
