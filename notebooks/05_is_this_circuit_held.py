@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import optax
 
-from slt_interp.data import Counterfactuals
+from slt_interp.data import Counterfactuals, Minibatches
 from slt_interp.degradation.naturalness import naturalness
 from slt_interp.degradation.planted import plant
 from slt_interp.degradation.survival import measure_survival
@@ -58,8 +58,8 @@ def matched(key, size) -> Counterfactuals:
     return intervened(model, base, jnp.where(is_same[:, None], sources, -sources)[:, None])
 
 
-def batches(key):
-    x = jax.random.normal(key, (512 * 6,)).reshape(512, 6)
+def examples(key, size):
+    x = jax.random.normal(key, (size * 6,)).reshape(size, 6)
     return {"inputs": x, "labels": answer((first_sign(x),), x)}
 
 
@@ -79,6 +79,7 @@ def loss_fn(params, batch):
 
 steps = 4000 if budget > 1000 else 400
 optimizer = optax.adam(optax.cosine_decay_schedule(5e-3, steps))
+batches = Minibatches(examples(key, 50_000), 512)
 params = train(key, loss_fn, network.init(key), batches, optimizer, num_steps=steps, progress=False).params
 fit = fit_alignment(key, network, params, "layer1", (4,), swapped, num_steps=steps // 4, num_restarts=4)
 found = InterchangeProbe(network, "layer1", fit.alignment, swapped(key, 4096))(key, params)
@@ -92,7 +93,7 @@ print({name: round(float(value), 3) for name, value in found.items()}, "all rest
 # short while from where they were.
 
 # %%
-inputs = batches(jax.random.key(1))["inputs"][:256]
+inputs = examples(jax.random.key(1), 256)["inputs"]
 settings = {"num_burnin": budget // 24, "thinning": budget // 192, "num_draws": 16, "progress": False}
 
 
