@@ -5,11 +5,7 @@ and beside random maps. What counts is where the twin has died: there a candidat
 the localization keeps everything near the weights, and there is nothing to be told. Chains are the unit of replication.
 """
 
-import functools
-import json
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -82,13 +78,7 @@ class Verdict:
     num_levels: int
 
     def __str__(self) -> str:
-        reasons = "\n- ".join([f"{self.word} ({self.num_levels} levels judged)", *self.reasons])
-        rates = operating_rates()
-        known = " and ".join(
-            f"{entry['held']:.0%} ({entry['low']:.0%} to {entry['high']:.0%}) of {entry['num_networks']} known {name}"
-            for name, entry in ((name, rates[name]) for name in ("circuits", "illusions"))
-        )
-        return f"{reasons}\n(such verdicts called held {known})"
+        return "\n- ".join([f"{self.word} ({self.num_levels} levels judged)", *self.reasons])
 
 
 def naturalness(found: Survival, *, confidence: float = 0.95) -> Verdict:
@@ -103,7 +93,8 @@ def naturalness(found: Survival, *, confidence: float = 0.95) -> Verdict:
     F~ is above 0.8; (ii) it is above the twin's by more than 0.1, paired by chain; (iii) its disturbance is below a quarter of
     its swap disturbance; and (iv) its dormancy share is below 0.25.
 
-    The thresholds are those of a pilot on 19 networks; `operating_rates` says how often verdicts with them were right. A loss
+    The thresholds are those of a pilot on 19 networks, and no error rates are known of them yet: a verdict is a reading of
+    curves that are to be looked at; `benchmarks/operating_table.py` counts how often it is right on known cases. A loss
     holds what it holds: an illusion of which half serves another output is held, too, unless the loss is restricted.
 
     Raises:
@@ -167,16 +158,6 @@ def naturalness(found: Survival, *, confidence: float = 0.95) -> Verdict:
     elif not found.dormancy < _DORMANT:
         why.append(f"{found.dormancy:.0%} of its effect enters through units that do nothing on natural inputs")
     return Verdict(NOT_HELD if why else HELD, tuple(why), count)
-
-
-@functools.cache
-def operating_rates() -> dict[str, dict[str, Any]]:
-    """Read how often candidates of each known kind were called held, with 95 % intervals: `benchmarks/operating_table.py`.
-
-    >>> sorted(operating_rates()["circuits"])
-    ['held', 'high', 'low', 'num_networks', 'verdicts']
-    """
-    return json.loads((Path(__file__).parent / "operating_table.json").read_text())
 
 
 def _p_value(excess: Float[_Array, " chain"]) -> float:
