@@ -314,7 +314,7 @@ class Images(HTMLParser):
 def test_report_is_one_self_contained_file(smoke):
     page = Images()
     page.feed((smoke[0] / "report.html").read_text())
-    assert len(page.sources) == 6
+    assert len(page.sources) == 9
     assert all(len(alt) > 40 for alt in page.alts)
     assert page.outside == []
 
@@ -349,7 +349,7 @@ def test_report_opens_in_a_browser_with_all_figures_visible(smoke, tmp_path):
     assert "CONSOLE" not in done.stderr, done.stderr
     assert "<title>error" not in done.stdout
     seen = json.loads(done.stdout.split('data-seen="')[1].split('"')[0].replace("&quot;", '"'))
-    assert len(seen) == 6
+    assert len(seen) == 9
     for natural, width, height in seen:
         assert natural > 100
         assert width > 300

@@ -287,5 +287,5 @@ LOCALIZATIONS = (100.0, 30.0, 10.0, 3.0, 1.0, 0.3)
 
 _NUM_RANDOM, _REFIT_BATCH = 4, 128
 
-_NUM_RELEASED, _DEAD = 32, 0.6
-"""Draws of the prediction, and the scaled effect below which the twin will die: the posterior keeps less than is predicted."""
+_NUM_RELEASED, _DEAD = 32, 0.4
+"""Draws of the prediction, and the twin's scaled effect below which it is dead, with a margin to the limit of a verdict."""
