@@ -19,11 +19,13 @@ class Krylov(NamedTuple):
 
     tridiagonal: Float[np.ndarray, "step step"]
     left_over: float
+    rounding: float
+    """Of a product; no residual is known better."""
 
     def quadrature(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Give Ritz values, their weights (which sum to 1) and residuals |A v - theta v|: Gauss's rule for start.f(A).start."""
         values, vectors = np.linalg.eigh(self.tridiagonal)
-        return values, vectors[0] ** 2, np.abs(self.left_over * vectors[-1])
+        return values, vectors[0] ** 2, np.abs(max(self.left_over, self.rounding) * vectors[-1])
 
     def lower_quadrature(self) -> tuple[np.ndarray, np.ndarray]:
         """Give values and weights of Radau's rule with a node at 0, or just below a smallest Ritz value that is negative.
@@ -54,14 +56,20 @@ class Eigenpairs(NamedTuple):
 
 
 def krylov(
-    product: Product, start: Float[np.ndarray, " i"], num_products: int, without: Float[np.ndarray, "pair i"]
+    product: Product,
+    start: Float[np.ndarray, " i"],
+    num_products: int,
+    without: Float[np.ndarray, "pair i"],
+    dtype: type = np.float64,
 ) -> tuple[Krylov, Float[np.ndarray, "step i"]]:
     """Run Lanczos from `start`, orthogonal to the rows of `without`, until nothing is left or products run out.
+
+    The basis has the precision `dtype`. In float32 what is left of large eigenvalues drowns those of 1e-6 of them.
 
     Returns:
         The matrix in the space, and the space's orthonormal basis.
     """
-    basis = np.zeros((num_products, len(start)), np.float32)
+    basis = np.zeros((num_products, len(start)), dtype)
     start = _orthogonal(start, without)
     basis[0] = start / np.linalg.norm(start)
     diagonal, off_diagonal, scale = [], [], 0.0
@@ -73,11 +81,11 @@ def krylov(
         for _ in range(2):
             image = _orthogonal(_orthogonal(image, without), basis[: step + 1])
         left_over = float(np.linalg.norm(image))
-        # Below the rounding of a float32 product nothing new is left, and no residual is known better; NaN ends it too.
-        rounding = _ROUNDINGS * np.finfo(np.float32).eps * scale
+        # Below the rounding of a float32 product nothing new is left; NaN ends it too.
+        rounding = float(_ROUNDINGS * np.finfo(np.float32).eps * scale)
         if not left_over > rounding or step + 1 == num_products:
             tridiagonal = np.diag(diagonal) + np.diag(off_diagonal, 1) + np.diag(off_diagonal, -1)
-            return Krylov(tridiagonal, float(max(left_over, rounding))), basis[: step + 1]
+            return Krylov(tridiagonal, left_over, rounding), basis[: step + 1]
         basis[step + 1] = image / left_over
         off_diagonal.append(left_over)
 
@@ -101,12 +109,12 @@ def leading_eigenpairs(
     values, residuals, vectors, spent = np.zeros(0), np.zeros(0), np.zeros((0, size), np.float32), 0
     while count and len(values) < size and spent < max_products:
         limit = min(num_products, max_products - spent, size - len(values))
-        space, basis = krylov(product, rng.standard_normal(size), limit, vectors)
+        space, basis = krylov(product, rng.standard_normal(size), limit, vectors, np.float32)
         spent += len(basis)
         if not np.isfinite(space.tridiagonal).all():
             break
         ritz, rotation = np.linalg.eigh(space.tridiagonal)
-        bounds = np.abs(space.left_over * rotation[-1])
+        bounds = np.abs(max(space.left_over, space.rounding) * rotation[-1])
         least = np.sort(np.abs(values))[-count] if len(values) >= count else 0.0
         if np.abs(ritz).max() <= least * (1 + _CONVERGED):
             break
@@ -123,8 +131,8 @@ def leading_eigenpairs(
 
 
 def _orthogonal(vector: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    # In float32, as the rows are: anything else would make a copy of them. It is done twice.
-    return vector - rows.T @ (rows @ vector.astype(np.float32)) if len(rows) else vector
+    # In the precision of the rows: anything else would make a copy of them. It is done twice.
+    return vector - rows.T @ (rows @ vector.astype(rows.dtype)) if len(rows) else vector
 
 
 _ROUNDINGS = 4
