@@ -8,6 +8,7 @@ from typing import Annotated, Generic, TypeVar
 
 import jax
 import platformdirs
+import threadpoolctl
 import tyro
 
 from slt_interp.errors import InputError
@@ -106,8 +107,14 @@ def _preset(arguments: list[str]) -> str:
 def _prepare_jax(*, quick_to_compile: bool) -> None:
     """Use every core as a device for chains, and keep compiled programs between runs.
 
+    Small systems of equations are solved by one thread: BLAS's own threads wait for each other by spinning, and beside another
+    process on the same cores that took a hundred times as long.
+
     A smoke run spends its time in the compiler, so there XLA is asked for less.
     """
+    import scipy.linalg.lapack  # noqa: F401  the BLAS that JAX calls, which limits are set on once it is loaded
+
+    threadpoolctl.threadpool_limits(1, user_api="blas")
     jax.config.update("jax_disable_most_optimizations", quick_to_compile)
     if quick_to_compile and jax.__version_info__ < (0, 11):
         # Where it is known; XLA ends a process that names a flag which is not.

@@ -4,10 +4,15 @@ import os
 
 import jax
 import pytest
+import scipy.linalg.lapack  # noqa: F401  the BLAS that JAX calls, which limits are set on once it is loaded
+import threadpoolctl
 
 # It takes XLA half as long to compile without them, and programs run as fast; newer versions may not know the flag.
 if jax.__version_info__ < (0, 11):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
+
+# Threads of BLAS spin while they wait, and two processes of tests share the cores.
+threadpoolctl.threadpool_limits(1, user_api="blas")
 
 # Chains over several devices are tested on forced CPU devices; it must be said before JAX is used.
 jax.config.update("jax_num_cpu_devices", 4)
