@@ -12,11 +12,14 @@ from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Key, PyTree
 
 from slt_interp.bases import Gaussian
 from slt_interp.data import FullBatch, Minibatches, num_examples
+from slt_interp.errors import InputError
 from slt_interp.estimators.calibration import settled_step_size
+from slt_interp.estimators.ladder import Ladder
 from slt_interp.estimators.llc import LLCEstimate, llc, mean_loss
 from slt_interp.posterior import LocalPosterior, LossFn
 from slt_interp.samplers.chains import chain_mesh, sample
@@ -209,6 +212,34 @@ class TemperedPosterior:
         init_loss, _ = mean_loss(self.loss_fn, params, self.data)
         finite = jax.tree.map(lambda x: x[draws.is_finite], draws.collected)
         return Degraded(finite, estimate=llc(draws, init_loss))
+
+
+@dataclass(frozen=True)
+class TemperedLadder:
+    """Draws of a `Ladder` as a dial, sampled already; the level is nbeta, and the rung nearest to it in log nbeta is taken.
+
+    Chains of both families take part, those from the weights and those from the base: look at the ladder's status first.
+
+    Args:
+        ladder: of `temper(..., keep_params=True)` around the weights that the dial is given.
+    """
+
+    ladder: Ladder
+
+    def draw(self, key: Key[Array, ""], params: Params, level: float, *, num_chains: int, num_draws: int) -> Degraded:
+        """Take evenly spaced draws of each chain, first of those from the weights; more than were kept are refused."""
+        del key, params
+        nbetas = self.ladder.nbetas
+        rung = 1 + int(np.argmin(np.abs(np.log(nbetas[1:] / level))))
+        _, chains, draws = self.ladder.loss.shape
+        if num_chains > chains or num_draws > draws:
+            raise InputError(
+                f"the ladder has {chains} chains of {draws} draws, but {num_chains} of {num_draws} are asked for: ask for "
+                "fewer, or run temper for longer"
+            )
+        order = np.argsort(self.ladder.is_from_base, kind="stable")[:num_chains]
+        kept = np.linspace(0, draws - 1, num_draws).astype(int)
+        return Degraded(jax.tree.map(lambda x: x[order][:, kept], self.ladder.draws(rung)))
 
 
 @partial(jax.jit, static_argnames="per_layer")

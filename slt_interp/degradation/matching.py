@@ -16,7 +16,7 @@ from slt_interp.errors import InputError
 from slt_interp.posterior import LossFn
 from slt_interp.probes.draws import Probe, over_draws
 from slt_interp.taps import NO_DAMAGE, Damage, Network, NoDamage, Tapped
-from slt_interp.tree import Params, register_dataclass
+from slt_interp.tree import Params, norm, register_dataclass
 
 
 class Matched(NamedTuple):
@@ -81,6 +81,19 @@ class BehaviorProbe:
         return {"loss": jnp.mean(jnp.sum(jnp.exp(self.log_probabilities) * (self.log_probabilities - found), axis=-1))}
 
 
+@partial(register_dataclass, data_fields=["center"], meta_fields=[])
+@dataclass(frozen=True)
+class DistanceProbe:
+    """The probe `(key, params) -> {"loss"}` that sets dials to equal distances: |w - center|^2, in place of a loss."""
+
+    center: Params
+
+    def __call__(self, key: Key[Array, ""], params: Params) -> dict[str, Float[Array, ""]]:
+        """Measure at one weight vector."""
+        del key
+        return {"loss": norm(jax.tree.map(jnp.subtract, params, self.center)) ** 2}
+
+
 def match(
     key: Key[Array, ""],
     dial: Dial,
@@ -102,7 +115,8 @@ def match(
         key: for the dial.
         dial: cheap to read; for a fixed key the loss should rise with its level, or fall.
         params: the weights that are degraded.
-        probe: measures "loss", as `LossProbe` and, for dials that damage activations, `BehaviorProbe` do.
+        probe: measures "loss", as `LossProbe`, `BehaviorProbe`, the one for dials that damage activations, and `DistanceProbe`
+            do.
         excess_loss: nats per example, positive.
         bracket: levels below and above the wanted one.
         num_chains: independent groups of degraded networks.

@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from slt_interp.degradation.dials import TemperedPosterior, WeightNoise
-from slt_interp.degradation.matching import LossProbe, match, match_posterior
+from slt_interp.bases import Gaussian
+from slt_interp.degradation.dials import TemperedLadder, TemperedPosterior, WeightNoise
+from slt_interp.degradation.matching import DistanceProbe, LossProbe, match, match_posterior
 from slt_interp.errors import InputError
+from slt_interp.estimators.ladder import Ladder
 from slt_interp.samplers.hmc import HMC
 
 DATA = jax.random.normal(jax.random.key(1), (200, 5))
@@ -61,6 +63,13 @@ def test_match_meets_the_wanted_loss_and_the_exact_level(key, wanted):
     assert 0 < found.std_error < 0.05 * wanted
 
 
+def test_dials_are_matched_by_distance_too(key):
+    found = match(key, WeightNoise(), PARAMS, DistanceProbe(PARAMS), 0.5, bracket=(1e-3, 10.0), num_chains=8, num_draws=8)
+    assert found.excess_loss == pytest.approx(0.5, rel=0.01)
+    # The squared distance is level^2 times chi-squared: mean d, variance 2 d, of 64 draws.
+    assert found.level**2 * 5 == pytest.approx(0.5, rel=0.01 + 4 * np.sqrt(2 / 5 / 64))
+
+
 def test_loss_beyond_the_dial_is_an_error(key):
     with pytest.raises(ValueError, match=r"excess losses of .* does not lie between: widen the bracket"):
         match(key, WeightNoise(), PARAMS, LossProbe(loss_fn, DATA), 100.0, bracket=(1e-4, 1.0), num_chains=4, num_draws=4)
@@ -83,3 +92,35 @@ def test_losses_and_guesses_that_are_not_positive_are_refused(key, excess_loss, 
     dial = TemperedPosterior(loss_fn, DATA, 2.0)
     with pytest.raises(InputError, match=f"{name} must be positive"):
         match_posterior(key, dial, PARAMS, LossProbe(loss_fn, DATA), excess_loss, llc=llc, num_chains=2, num_draws=2)
+
+
+def test_rungs_of_a_ladder_are_a_dial(key):
+    nbetas = np.array([0.0, 1.0, 10.0, 100.0])
+    rng = np.random.default_rng(0)
+    # Draws of the quadratic posterior: variance 1 / (nbeta + 2), two chains from the base before two from the weights.
+    weights = np.asarray(PARAMS["w"]) + rng.normal(size=(4, 4, 50, 5)) / np.sqrt(nbetas + 2)[:, None, None, None]
+    loss = np.asarray(jax.vmap(jax.vmap(jax.vmap(lambda w: loss_fn({"w": w}, DATA))))(jnp.asarray(weights, jnp.float32)))
+    ladder = Ladder(
+        nbetas=nbetas,
+        loss=loss,
+        mean_loss=loss,
+        squared_distance=np.sum((weights - PARAMS["w"]) ** 2, axis=-1),
+        is_from_base=np.array([True, True, False, False]),
+        replica=np.zeros(loss.shape, int),
+        exchange=np.ones(3),
+        init_loss=float(loss_fn(PARAMS, DATA)),
+        lowest_loss=float(loss_fn(PARAMS, DATA)),
+        base=Gaussian(PARAMS, 0.5**0.5),
+        dimension=5,
+        params={"w": weights},
+        num_lost=0,
+        gradients_per_chain=1.0,
+    )
+    dial = TemperedLadder(ladder)
+    few = dial.draw(key, PARAMS, 12.0, num_chains=3, num_draws=2)
+    np.testing.assert_array_equal(few.params["w"], weights[2][[2, 3, 0]][:, [0, 49]])
+    found = match(key, dial, PARAMS, LossProbe(loss_fn, DATA), 0.2, bracket=(0.5, 200.0), num_chains=4, num_draws=50)
+    # It ends at a rung: 5 / 2 / 12 at nbeta 10 is the nearest, known to the error of 200 draws of a chi-squared.
+    assert abs(found.excess_loss / (2.5 / 12) - 1) < 4 * np.sqrt(2 / 5 / 200)
+    with pytest.raises(InputError, match="the ladder has 4 chains of 50 draws, but 5 of 50 are asked for"):
+        dial.draw(key, PARAMS, 12.0, num_chains=5, num_draws=50)
