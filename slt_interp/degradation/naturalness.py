@@ -5,7 +5,11 @@ and beside random maps. What counts is where the twin has died: there a candidat
 the localization keeps everything near the weights, and there is nothing to be told. Chains are the unit of replication.
 """
 
+import functools
+import json
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -25,6 +29,7 @@ class Survival:
         excess_loss: of the levels, rising, nats.
         effect: of the candidate, after a short refit from its frozen alignment (`EffectProbe`), (level, chain).
         twin: the same of its planted twin, on the same chains.
+        frozen: of the candidate without a refit.
         random: of random maps, not refitted.
         disturbance: of the candidate, nats.
         swap_disturbance: of the candidate, nats.
@@ -38,6 +43,7 @@ class Survival:
     excess_loss: Float[_Array, " level"]
     effect: Float[_Array, "level chain"]
     twin: Float[_Array, "level chain"]
+    frozen: Float[_Array, "level chain"]
     random: Float[_Array, "level chain"]
     disturbance: Float[_Array, "level chain"]
     swap_disturbance: Float[_Array, "level chain"]
@@ -58,6 +64,11 @@ class Survival:
         return (self.twin - self.random).mean(axis=1) / self.room.mean(axis=1)
 
     @property
+    def scaled_frozen(self) -> Float[_Array, " level"]:
+        """F~ of the candidate without a refit."""
+        return (self.frozen - self.random).mean(axis=1) / self.room.mean(axis=1)
+
+    @property
     def room(self) -> Float[_Array, "level chain"]:
         """What an effect can be above that of random maps."""
         return self.accuracy - self.random
@@ -71,14 +82,23 @@ class Verdict:
         word: "held", "not held", "no window" or "not equilibrated".
         reasons: in words.
         num_levels: so many levels were good enough to be judged.
+        frozen: F~ of the alignment as it was, without a refit, at these levels; never decisive, for real circuits drift.
     """
 
     word: str
     reasons: tuple[str, ...]
     num_levels: int
+    frozen: tuple[float, ...]
 
     def __str__(self) -> str:
-        return "\n- ".join([f"{self.word} ({self.num_levels} levels judged)", *self.reasons])
+        frozen = f", F~ without a refit {', '.join(f'{value:.2f}' for value in self.frozen)}" if self.frozen else ""
+        reasons = "\n- ".join([f"{self.word} ({self.num_levels} levels judged{frozen})", *self.reasons])
+        rates = operating_rates()
+        known = " and ".join(
+            f"{entry['held']:.0%} ({entry['low']:.0%} to {entry['high']:.0%}) of {entry['num_networks']} known {name}"
+            for name, entry in ((name, rates[name]) for name in ("circuits", "illusions"))
+        )
+        return f"{reasons}\n(such verdicts called held {known})"
 
 
 def naturalness(found: Survival, *, confidence: float = 0.95) -> Verdict:
@@ -87,15 +107,15 @@ def naturalness(found: Survival, *, confidence: float = 0.95) -> Verdict:
     "Held" is a claim at the given confidence; "not held" says that it cannot be made, with what was seen instead.
 
     Levels count where the accuracy is at least 0.9 of the ceiling. There must be some ("no window"), the probe must agree
-    between chains, with an R-hat of at most 1.1 or a deviation between chains of at most .05 ("not equilibrated"), and the
+    between chains, with an R-hat of at most 2 or a deviation between chains of at most .05 ("not equilibrated"), and the
     twin must be dead at the mildest of them, F~ below 0.5 ("no window": the localization holds it). Then the candidate is held
     if at every level, by one-sided t tests over chains at the given confidence, corrected for their number after Holm, (i) its
     F~ is above 0.8; (ii) it is above the twin's by more than 0.1, paired by chain; (iii) its disturbance is below a quarter of
     its swap disturbance; and (iv) its dormancy share is below 0.25.
 
-    The thresholds are those of a pilot on 19 networks, and no error rates are known of them yet: a verdict is a reading of
-    curves that are to be looked at; `benchmarks/operating_table.py` counts how often it is right on known cases. A loss
-    holds what it holds: an illusion of which half serves another output is held, too, unless the loss is restricted.
+    The limits of F~, twin, disturbance and dormancy are those of a pilot on 19 networks; those of R-hat and of random maps were
+    set on 12 others. `operating_rates` says how often verdicts were right on networks that none were set on. A loss holds what
+    it holds: an illusion of which half serves another output may be, too, unless the loss is restricted.
 
     Raises:
         InputError: if shapes do not fit, or there are fewer than 4 chains.
@@ -108,8 +128,11 @@ def naturalness(found: Survival, *, confidence: float = 0.95) -> Verdict:
     # A network that has failed once is not judged at worse levels, though by chance it may answer better there.
     good &= np.cumprod(good).astype(bool)
     if not good.any():
-        return Verdict(NO_WINDOW, (f"no level keeps {_ACCURACY:.0%} of the accuracy of the weights: take milder levels",), 0)
+        return Verdict(
+            NO_WINDOW, (f"no level keeps {_ACCURACY:.0%} of the accuracy of the weights: take milder levels",), 0, ()
+        )
     count = int(good.sum())
+    frozen = tuple(float(value) for value in found.scaled_frozen[:count])
     # Where chains differ by less than the margins, it does not matter that they differ by more than each varies.
     spread = found.effect[:count].std(axis=1, ddof=1)
     apart = np.flatnonzero((spread > _SPREAD) & ~(found.rhat[:count] <= _RHAT))
@@ -121,14 +144,17 @@ def naturalness(found: Survival, *, confidence: float = 0.95) -> Verdict:
                 f"{found.rhat[apart[0]]:.2f}): run longer, or raise the localization",
             ),
             count,
+            frozen,
         )
     chance = float(found.random[:count].mean() / found.accuracy[:count].mean())
-    if not chance < _DEAD:
-        return Verdict(NO_WINDOW, (f"random maps have {chance:.0%} of what a circuit could: take fewer directions",), count)
+    if not chance < _CHANCE:
+        return Verdict(
+            NO_WINDOW, (f"random maps have {chance:.0%} of what a circuit could: take fewer directions",), count, frozen
+        )
     twin = float(found.scaled_twin[0])
     if not twin < _DEAD:
         reason = f"the planted twin lives at the mildest level (F~ {twin:.2f}): lower the localization, or nbeta"
-        return Verdict(NO_WINDOW, (reason,), count)
+        return Verdict(NO_WINDOW, (reason,), count, frozen)
     reasons, values = [], []
     for level in range(count):
         where, room = f"at excess loss {found.excess_loss[level]:.3g}", found.room[level]
@@ -157,7 +183,20 @@ def naturalness(found: Survival, *, confidence: float = 0.95) -> Verdict:
         why.append("its patch changes nothing at the weights themselves, so that it has no dormancy share")
     elif not found.dormancy < _DORMANT:
         why.append(f"{found.dormancy:.0%} of its effect enters through units that do nothing on natural inputs")
-    return Verdict(NOT_HELD if why else HELD, tuple(why), count)
+    return Verdict(NOT_HELD if why else HELD, tuple(why), count, frozen)
+
+
+@functools.cache
+def operating_rates() -> dict[str, dict[str, Any]]:
+    """Read how often known circuits (the sensitivity) and known illusions (1 less the specificity) were called held.
+
+    By kind, and of all "circuits" and all "illusions": "num_networks", "held", its exact 95 % interval from "low" to "high",
+    and the count of each word; measured by `benchmarks/operating_table.py`.
+
+    >>> sorted(operating_rates()["circuits"])
+    ['held', 'high', 'low', 'num_networks', 'verdicts']
+    """
+    return json.loads((Path(__file__).parent / "operating_table.json").read_text())
 
 
 def _p_value(excess: Float[_Array, " chain"]) -> float:
@@ -181,7 +220,7 @@ def _holm(p_values: Float[_Array, " test"], level: float) -> _Array:
 
 def _check(found: Survival) -> None:
     shape = np.shape(found.effect)
-    for name in ("effect", "twin", "random", "disturbance", "swap_disturbance", "accuracy"):
+    for name in ("effect", "twin", "frozen", "random", "disturbance", "swap_disturbance", "accuracy"):
         given = np.shape(getattr(found, name))
         if len(given) != 2 or given != shape or given[0] != len(found.excess_loss):
             raise InputError(
@@ -201,5 +240,9 @@ def _check(found: Survival) -> None:
 
 _ACCURACY, _DEAD, _ALIVE, _ABOVE, _DISTURBED, _DORMANT, _MIN_CHAINS = 0.9, 0.5, 0.8, 0.1, 0.25, 0.25, 4
 
-_RHAT, _SPREAD = 1.1, 0.05
-"""Chains agree if R-hat, or the deviation of their means, is at most that; the second is half of the smallest margin."""
+_CHANCE = 0.75
+"""Random maps of half of a layer have half of what a circuit could; less than a quarter of it is no room for a difference."""
+
+_RHAT, _SPREAD = 2.0, 0.05
+"""Chains agree if R-hat is at most that: then they have moved by more than half of how far they are apart, and how far that is
+enters the tests. Or if the deviation of their means is at most half of the smallest margin."""

@@ -17,6 +17,7 @@ from slt_interp.degradation.dials import TemperedPosterior
 from slt_interp.degradation.matching import BehaviorProbe, match_posterior
 from slt_interp.degradation.naturalness import Survival
 from slt_interp.degradation.planted import REACHED, Planted, plant, released
+from slt_interp.degradation.transport import transport
 from slt_interp.estimators.volume import behavioral_kl
 from slt_interp.models.mlp import MLP
 from slt_interp.probes.alignment import random_rotations, refit_alignment
@@ -26,7 +27,7 @@ from slt_interp.probes.effect import EffectProbe, flip_rate
 from slt_interp.probes.interchange import Alignment, interchange_patch
 from slt_interp.samplers.diagnostics import split_rhat
 from slt_interp.samplers.hmc import HMC
-from slt_interp.taps import NO_DAMAGE, Damage, Network, damaged_runs, replace
+from slt_interp.taps import NO_DAMAGE, Damage, Network, damaged_runs, record, replace
 from slt_interp.tree import Params, dimension, register_dataclass
 
 Draw = Callable[[Key[Array, ""], int], Counterfactuals]
@@ -138,15 +139,17 @@ def measure_survival(
 
 @partial(
     register_dataclass,
-    data_fields=["candidate", "twin", "units", "twin_units", "random", "swapped", "matched", "damage"],
+    data_fields=["candidate", "twin", "units", "twin_units", "random", "before", "swapped", "matched", "damage"],
     meta_fields=["network", "site", "counterfactuals"],
 )
 @dataclass(frozen=True)
 class CircuitProbe:
     """The probe of everything that `naturalness` wants of one network; give it to `over_draws`. Make it by `circuit_probe`.
 
-    `effect` and `twin` are those after a refit on `counterfactuals` among `units` and `twin_units`, `frozen` and `frozen_twin`
-    those without; `random` is the mean over random maps; the others are those of `EffectProbe` for the refitted candidate.
+    `effect` and `twin` are those after a refit on `counterfactuals` among `units` and `twin_units`; `frozen` and `frozen_twin`
+    those without, `transported` and `transported_twin` those of alignments that were turned as the activations were, from what
+    they were `before` on the bases of `swapped`. `random` is the mean over random maps; the others are those of `EffectProbe`
+    for the refitted candidate.
     """
 
     network: Network
@@ -156,6 +159,7 @@ class CircuitProbe:
     units: Float[Array, " width"]
     twin_units: Float[Array, " width"]
     random: Alignment
+    before: Float[Array, "example width"]
     swapped: Counterfactuals
     matched: Counterfactuals
     counterfactuals: Draw
@@ -182,6 +186,7 @@ class CircuitProbe:
             patch = interchange_patch(other, params, self.site, alignment, self.swapped)
             return flip_rate(network.apply(params, self.swapped.base, replace(self.site, patch)), self.swapped)
 
+        after = record(network, params, self.swapped.base)[1][self.site]
         candidate = refitted(self.candidate, self.units)
         measured = EffectProbe(self.network, self.site, candidate, self.swapped, self.matched, self.damage)(run_key, params)
         return {
@@ -189,6 +194,8 @@ class CircuitProbe:
             "frozen": effect(self.candidate),
             "twin": effect(refitted(self.twin, self.twin_units)),
             "frozen_twin": effect(self.twin),
+            "transported": effect(transport(self.candidate, self.before, after)),
+            "transported_twin": effect(transport(self.twin, self.before, after)),
             "random": jax.vmap(effect)(self.random).mean(),
         }
 
@@ -219,6 +226,7 @@ def circuit_probe(
     width, before = len(twin.rotation), planted.copies[0]
     rotations = jnp.broadcast_to(jnp.eye(width), (_NUM_RANDOM, width, width))
     rotations = rotations.at[:, :before, :before].set(random_rotations(keys[2], _NUM_RANDOM, before))
+    examples = swapped(keys[0], num_counterfactuals)
     return CircuitProbe(
         network,
         site,
@@ -227,7 +235,8 @@ def circuit_probe(
         jnp.where(jnp.arange(width) < before, own, jnp.arange(width) <= planted.copies[-1]).astype(jnp.float32),
         twin_units,
         Alignment(rotations, jnp.broadcast_to(candidate.masks, (_NUM_RANDOM, *candidate.masks.shape))),
-        swapped(keys[0], num_counterfactuals),
+        record(network, planted.params, examples.base)[1][site],
+        examples,
         matched(keys[1], num_counterfactuals),
         swapped,
     )
@@ -271,7 +280,7 @@ def _to_survival(
 ) -> Survival:
     """Take chain means, and the R-hat of the candidate's effect."""
     means = {name: np.array([read[name].mean(axis=1) for _, read in levels]) for name in levels[0][1]}
-    names = ("effect", "twin", "random", "disturbance", "swap_disturbance", "accuracy")
+    names = ("effect", "twin", "frozen", "random", "disturbance", "swap_disturbance", "accuracy")
     return Survival(
         excess_loss=np.array([excess_loss for excess_loss, _ in levels]),
         **{name: means[name] for name in names},

@@ -17,6 +17,8 @@ LOOKS = {
     "planted": (PREDICTED, "s--"),
     "genuine_frozen": ("#5aa0d8", "^:"),
     "planted_frozen": ("#e3a19d", "v:"),
+    "genuine_transported": ("#2f6f9f", "P-."),
+    "planted_transported": ("#a8443c", "X-."),
 }
 """Of each cell: circuits blue, illusions warm."""
 

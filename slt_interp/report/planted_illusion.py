@@ -24,6 +24,8 @@ TRAINED_CELLS = {
     "planted": "its planted twin, refitted",
     "genuine_frozen": "circuit, frozen alignment",
     "planted_frozen": "twin, frozen alignment",
+    "genuine_transported": "circuit, transported",
+    "planted_transported": "twin, transported",
 }
 
 SYMBOLS = (
@@ -52,6 +54,10 @@ SYMBOLS = (
     (
         "half-life",
         "excess loss at which F̃ has fallen to a half; censored if it has not at the last level, below at once if it has at the first",
+    ),
+    (
+        "frozen, transported, refitted",
+        "an alignment as it was at the undamaged weights; turned as the activations have turned (orthogonal Procrustes); searched again for a short while from where it was",
     ),
     ("R-hat", "agreement of the chains in a cell's effect; 1 is perfect"),
 )
@@ -268,10 +274,11 @@ def _prediction_sentence(results: Results) -> str:
 def _trained_sentence(results: Results) -> str:
     trained = results["trained"]["dials"]
     parts = [f"{dial_name(name)} {_auroc(entry, '')}" for name, entry in trained.items()]
-    kept, frozen = (trained["posterior"]["score"][cell] for cell in ("genuine", "genuine_frozen"))
+    scores = trained["posterior"]["score"]
+    kept, frozen, transported = (scores[f"genuine{how}"] for how in ("", "_frozen", "_transported"))
     return (
         f"In {len(results['trained']['center'])} networks trained to have the circuit, the AUROC of circuit above twin is: {'; '.join(parts)}. Refitted, the circuit scores {show(kept, '.2f')} along "
-        f"the posterior, frozen {show(frozen, '.2f')}."
+        f"the posterior, transported {show(transported, '.2f')}, frozen {show(frozen, '.2f')}."
     )
 
 

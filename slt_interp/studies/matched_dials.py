@@ -101,13 +101,15 @@ def walk(
             "level": matched.level,
         }
 
+    start = 0.5 * dimension(params)
     for index, (name, posterior) in enumerate(posteriors.items()):
-        llc = 0.5 * dimension(params)
-        # From the strongest damage on; each level's LLC is the next one's guess.
+        llc = start
+        # From the strongest damage on; each level's LLC is the next one's guess, and the first one's that of other posteriors.
         for i in reversed(range(len(levels))):
             level_key = jax.random.fold_in(jax.random.fold_in(key, index), i)
             matched = match_posterior(level_key, posterior.dial, params, posterior.behavior, levels[i], llc=llc, **counts)
             llc = max(matched.level * matched.excess_loss, 1.0)
+            start = llc if i == len(levels) - 1 else start
             keep(name, i, matched)
             estimate = matched.degraded.estimate
             if (reading := found[name][i]) is not None and estimate is not None:

@@ -103,8 +103,8 @@ CELLS = ("genuine", "planted", "pinned", "redundant")
 
 RESTRICTED = "posterior_restricted"
 
-_TRAINED_DRAWS = 2
-"""Of each chain where every draw has two alignments refitted."""
+_TRAINED_DRAWS = 1
+"""Of each chain where every draw has two alignments refitted: chains are the unit of replication."""
 
 
 @partial(register_dataclass, data_fields=["behavior", "examples", "alignments", "random", "damage"], meta_fields=["network"])
@@ -260,7 +260,7 @@ def _trained(key: Key[Array, ""], config: Config, run: RunDirectory, progress: b
             **{name: getattr(config, name) for name in names},
         )
         found.append(run.stage(f"trained{i}", measured)[0])
-    scores = score_dials(levels, [network["dials"] for network in found], TRAINED_CELLS, config.seed)
+    scores = score_dials(levels, [network["dials"] for network in found], tuple(TRAINED_CELLS), config.seed)
     return {"levels": list(levels), "center": [network["center"] for network in found], **scores}
 
 

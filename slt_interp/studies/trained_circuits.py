@@ -38,7 +38,15 @@ from slt_interp.studies.networks import SmoothedCrossEntropy
 from slt_interp.tasks.hierarchical_equality import MODELS, FreshExamples, Interventions, SameValue, draw_counterfactuals
 from slt_interp.tree import Params
 
-TRAINED_CELLS = ("genuine", "planted", "genuine_frozen", "planted_frozen")
+TRAINED_CELLS = {
+    "genuine": "effect",
+    "planted": "twin",
+    "genuine_frozen": "frozen",
+    "planted_frozen": "frozen_twin",
+    "genuine_transported": "transported",
+    "planted_transported": "transported_twin",
+}
+"""What `CircuitProbe` calls them."""
 
 DIALS = ("weight_noise", "weight_noise_per_layer", "activation_noise", "laplace")
 """Those that reach every level on these networks."""
@@ -107,11 +115,10 @@ def measure_trained(
     def read(degraded: Degraded) -> Reading:
         values = _measure(probe_key, with_damage(probe, degraded), degraded)
         accuracy, random = values["accuracy"], values["random"]
-        effects = dict(zip(TRAINED_CELLS, ("effect", "twin", "frozen", "frozen_twin"), strict=True))
         return {
             "accuracy": accuracy.mean(),
             "is_comparable": bool(accuracy.mean() >= LOWEST_ACCURACY * center["accuracy"].mean()),
-            "cells": {cell: cell_reading(values[name], random, accuracy) for cell, name in effects.items()},
+            "cells": {cell: cell_reading(values[name], random, accuracy) for cell, name in TRAINED_CELLS.items()},
         }
 
     labels = SmoothedCrossEntropy(planted.network, _SMOOTHING)

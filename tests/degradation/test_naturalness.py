@@ -1,12 +1,14 @@
 """Verdicts on curves whose answers are known, and the probe that they are made of on a network whose circuit is known."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from slt_interp.degradation.naturalness import Survival, naturalness
+from slt_interp.degradation.naturalness import Survival, naturalness, operating_rates
 from slt_interp.errors import InputError
 from slt_interp.probes.effect import EffectProbe
 from slt_interp.probes.interchange import Alignment, block_masks
@@ -14,7 +16,7 @@ from slt_interp.tasks.hierarchical_equality import draw_counterfactuals, draw_sc
 from tests.probes.handcrafted import NETWORK, handcrafted_params
 
 LEVELS, CHAINS = 4, 16
-MEASURES = ("effect", "twin", "random", "disturbance", "swap_disturbance", "accuracy")
+MEASURES = ("effect", "twin", "frozen", "random", "disturbance", "swap_disturbance", "accuracy")
 
 
 def curves(seed=0, *, effect=0.97, twin=0.1, random=0.05, spread=0.03, disturbance=0.02, accuracy=0.97):
@@ -28,6 +30,7 @@ def curves(seed=0, *, effect=0.97, twin=0.1, random=0.05, spread=0.03, disturban
         excess_loss=np.array([0.002, 0.005, 0.01, 0.02]),
         effect=around(effect),
         twin=around(twin),
+        frozen=around(0.4),
         random=around(random),
         disturbance=around(disturbance),
         swap_disturbance=around(1.0),
@@ -39,9 +42,26 @@ def curves(seed=0, *, effect=0.97, twin=0.1, random=0.05, spread=0.03, disturban
     )
 
 
+def test_verdicts_print_the_rates_that_the_benchmark_found():
+    folder = Path(__file__).parents[2] / "benchmarks" / "results" / "operating_table"
+    (measured,) = [json.loads(path.read_text()) for path in folder.glob("*/results.json")]
+    assert operating_rates() == measured["rates"]
+    rates = [operating_rates()[name] for name in ("circuits", "illusions")]
+    circuits = ("genuine", "redundant", "interchange-trained", "found by search")
+    for entry, is_circuit in zip(rates, (True, False), strict=True):
+        # The second answer of the network holds half of a pinned illusion: it is no error to call it held.
+        words = [c["verdict"] for c in measured["cases"] if (c["kind"] in circuits) == is_circuit and c["kind"] != "pinned"]
+        assert entry["held"] == words.count("held") / len(words)
+    for entry in rates:
+        assert f"{entry['held']:.0%} ({entry['low']:.0%} to {entry['high']:.0%})" in str(naturalness(curves()))
+
+
 def test_circuit_that_lives_where_its_twin_is_dead_is_held():
     verdict = naturalness(curves())
     assert (verdict.word, verdict.reasons, verdict.num_levels) == ("held", (), LEVELS)
+    # (.4 - .05) / (.97 - .05), from 16 chains that scatter by .03; the verdict says so, and does not mind.
+    np.testing.assert_allclose(verdict.frozen, 0.38, atol=4 * 0.03 * 2 / 4 / 0.92)
+    assert "F~ without a refit 0.3" in str(verdict)
 
 
 @pytest.mark.parametrize(
@@ -53,11 +73,11 @@ def test_circuit_that_lives_where_its_twin_is_dead_is_held():
         (curves(twin=[0.1, 0.9, 0.9, 0.95]), "not held", "not shown to be above 0.1"),
         (replace(curves(), dormancy=0.9), "not held", "90% of its effect enters through units that do nothing"),
         (replace(curves(), dormancy=np.nan), "not held", "its patch changes nothing at the weights themselves"),
-        (curves(random=0.7), "no window", "random maps have 7"),
+        (curves(random=0.8), "no window", "random maps have 8"),
         (curves(twin=0.9), "no window", "the planted twin lives at the mildest level"),
         (curves(accuracy=0.7), "no window", "no level keeps 90% of the accuracy"),
         (
-            replace(curves(spread=0.1), rhat=np.array([1.0, 1.5, 1.0, 1.0])),
+            replace(curves(spread=0.1), rhat=np.array([1.0, 2.5, 1.0, 1.0])),
             "not equilibrated",
             "disagree in the effect at excess loss 0.005",
         ),
@@ -94,7 +114,7 @@ def test_effect_that_does_not_vary_needs_no_rhat_and_one_that_is_not_finite_is_r
     assert naturalness(perfect).word == "held"
     assert naturalness(replace(curves(spread=0.1), rhat=np.full(LEVELS, np.nan))).word == "not equilibrated"
     # Chains that differ by less than the margins may differ by more than each varies.
-    assert naturalness(replace(found, rhat=np.full(LEVELS, 1.5))).word == "held"
+    assert naturalness(replace(found, rhat=np.full(LEVELS, 2.5))).word == "held"
     broken = found.twin.copy()
     broken[2, 5] = np.nan
     with pytest.raises(InputError, match="twin is not finite at level 2 of chain 5"):
@@ -112,10 +132,7 @@ def test_scaled_effect_is_1_for_a_circuit_as_good_as_the_network_and_0_for_rando
     [
         ({"twin": np.ones((4, 3))}, r"twin has shape \(4, 3\), but there are 4 levels and effect has \(4, 16\)"),
         ({"excess_loss": np.array([0.1, 0.2, 0.2, 0.3])}, "excess_loss must rise"),
-        (
-            {name: np.ones((4, 3)) for name in ("effect", "twin", "random", "disturbance", "swap_disturbance", "accuracy")},
-            "needs 4",
-        ),
+        ({name: np.ones((4, 3)) for name in MEASURES}, "needs 4"),
     ],
 )
 def test_curves_that_do_not_fit_are_refused(changes, message):

@@ -26,7 +26,7 @@ def test_at_the_weights_candidate_and_twin_have_the_whole_effect_and_random_maps
     read = {name: float(x[0, 0]) for name, x in over_draws(key, probe, alone(planted.params)).items()}
     # Of differing pairs 1 in (.5)^4 / 4! = 1 / 384 counts as equal; base, source and answer may each have one.
     wrong = 3 / 384
-    for name in ("effect", "frozen", "twin", "frozen_twin", "accuracy"):
+    for name in ("effect", "frozen", "transported", "twin", "frozen_twin", "transported_twin", "accuracy"):
         assert read[name] > 1 - wrong - 4 * np.sqrt(wrong / 500), name
     assert read["random"] < 0.9
     assert abs(read["disturbance"]) < 0.1 * read["swap_disturbance"]
