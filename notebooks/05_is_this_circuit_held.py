@@ -81,7 +81,8 @@ print({name: round(float(value), 3) for name, value in probe(key, params).items(
 
 # %%
 inputs = jax.random.normal(jax.random.key(1), (256 * 6,)).reshape(256, 6)
-settings = {"num_burnin": budget // 24, "thinning": budget // 192, "num_draws": 16, "progress": False}
+settings = {"num_burnin": budget // 24, "thinning": budget // 192, "progress": False}
+settings["num_draws"] = 16 if budget > 1000 else 4
 
 
 def judge(network, params, alignment):

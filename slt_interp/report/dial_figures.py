@@ -60,7 +60,7 @@ def survival_curves(panels: Mapping[str, Mapping[str, tuple[Numbers, Numbers, Nu
         for cell, (excess, mean, error) in cells.items():
             color, mark = LOOKS[cell]
             axes.errorbar(excess, mean, 2 * error, fmt=mark, color=color, markersize=4, capsize=2, label=labels[cell])
-        axes.set(xscale="log", ylim=(-0.05, 1.08))
+        axes.set(xscale="log", ylim=(-0.05, 1.15))
         axes.set_title(title, fontsize=10)
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6))
         axes.xaxis.set_major_formatter("{x:g}")
