@@ -27,12 +27,18 @@ class Matched(NamedTuple):
         degraded: its draws there.
         excess_loss: mean over its chains of L(w) - L(w*), nats per example.
         std_error: over chains.
+        is_comparable: False where most of the networks answer at chance; True if the probe does not measure "is_above_chance".
     """
 
     level: float
     degraded: Degraded
     excess_loss: float
     std_error: float
+    is_comparable: bool
+
+    def __str__(self) -> str:
+        word = "" if self.is_comparable else ", not comparable: accuracy is at chance"
+        return f"level {self.level:.3g}: excess loss {self.excess_loss:.3g} +- {self.std_error:.2g} nats{word}"
 
 
 @partial(register_dataclass, data_fields=["data"], meta_fields=["loss_fn"])
@@ -52,9 +58,10 @@ class LossProbe:
 @partial(register_dataclass, data_fields=["inputs", "log_probabilities", "damage"], meta_fields=["network"])
 @dataclass(frozen=True)
 class BehaviorProbe:
-    """The probe `(key, params) -> {"loss"}`: KL from a network's soft outputs to those of other weights, nats per example.
+    """The probe of a network's behavior: "loss", the KL from its soft outputs to those of other weights, nats per example.
 
-    The network's own weights are an exact minimum of it, of loss 0, whatever they were trained on. Make it by `at`.
+    The network's own weights are an exact minimum of it, of loss 0, whatever they were trained on. "is_above_chance" says
+    whether more answers are its own than if always the most frequent one were given, by three standard errors. Make it by `at`.
     """
 
     network: Network
@@ -75,10 +82,16 @@ class BehaviorProbe:
         """
         return cls(network, inputs, log_softmax(network.apply(params, inputs)))
 
-    def __call__(self, key: Key[Array, ""], params: Params) -> dict[str, Float[Array, ""]]:
+    def __call__(self, key: Key[Array, ""], params: Params) -> dict[str, Array]:
         """Measure at one weight vector."""
         found = log_softmax(Tapped(self.network, self.damage(key)).apply(params, self.inputs))
-        return {"loss": jnp.mean(jnp.sum(jnp.exp(self.log_probabilities) * (self.log_probabilities - found), axis=-1))}
+        answers, num_classes = self.log_probabilities.argmax(axis=-1), self.log_probabilities.shape[-1]
+        chance = jnp.bincount(answers, length=num_classes).max() / len(answers)
+        above = jnp.mean(found.argmax(axis=-1) == answers) - chance
+        return {
+            "loss": jnp.mean(jnp.sum(jnp.exp(self.log_probabilities) * (self.log_probabilities - found), axis=-1)),
+            "is_above_chance": above > 3 * jnp.sqrt(chance * (1 - chance) / len(answers)),
+        }
 
 
 @partial(register_dataclass, data_fields=["center"], meta_fields=[])
@@ -134,28 +147,22 @@ def match(
         )
     floor = float(probe(key, params)["loss"])
 
-    def measure(log_level: float) -> tuple[Degraded, np.ndarray]:
-        degraded = dial.draw(key, params, float(np.exp(log_level)), num_chains=num_chains, num_draws=num_draws)
-        losses = np.asarray(over_draws(key, with_damage(probe, degraded), degraded.params)["loss"], dtype=np.float64)
-        return degraded, losses.mean(axis=1) - floor
+    def measure(log_level: float) -> Matched:
+        level = float(np.exp(log_level))
+        degraded = dial.draw(key, params, level, num_chains=num_chains, num_draws=num_draws)
+        return _matched(level, degraded, over_draws(key, with_damage(probe, degraded), degraded.params), floor)
 
     def gap(log_level: float) -> float:
-        found = measure(log_level)[1].mean()
-        return np.log(max(found, 1e-12) / excess_loss)
+        return np.log(max(measure(log_level).excess_loss, 1e-12) / excess_loss)
 
     low, high = np.log(bracket)
     if not gap(low) * gap(high) <= 0:
-        reached = [measure(end)[1].mean() for end in (low, high)]
+        reached = [measure(end).excess_loss for end in (low, high)]
         raise InputError(
             f"the dial gives excess losses of {reached[0]:.3g} and {reached[1]:.3g} nats at levels {bracket[0]:.3g} and "
             f"{bracket[1]:.3g}, and {excess_loss:.3g} does not lie between: widen the bracket, or ask for another loss"
         )
-    level = root_scalar(gap, bracket=(low, high), method="brentq", xtol=1e-3).root
-    degraded, per_chain = measure(level)
-    # Dials without randomness have one network, and of others chains may have been lost.
-    count = len(per_chain)
-    error = per_chain.std(ddof=1) / np.sqrt(count) if count > 1 else float("nan")
-    return Matched(float(np.exp(level)), degraded, float(per_chain.mean()), float(error))
+    return measure(root_scalar(gap, bracket=(low, high), method="brentq", xtol=1e-3).root)
 
 
 def with_damage(probe: Probe, degraded: Degraded) -> Probe:
@@ -212,14 +219,21 @@ def match_posterior(
         nbeta = llc / excess_loss
         trial_key = jax.random.fold_in(key, trial)
         degraded = dial.draw(trial_key, params, nbeta, num_chains=num_chains, num_draws=num_draws)
-        losses = np.asarray(over_draws(trial_key, probe, degraded.params)["loss"], np.float64)
-        per_chain = losses.mean(axis=1) - floor
-        found = float(per_chain.mean())
+        matched = _matched(nbeta, degraded, over_draws(trial_key, probe, degraded.params), floor)
+        found = matched.excess_loss
         if abs(np.log(max(found, 1e-12) / excess_loss)) < _TOLERANCE or not found > 0:
             break
         llc = nbeta * found
-    error = float(per_chain.std(ddof=1) / np.sqrt(len(per_chain))) if len(per_chain) > 1 else float("nan")
-    return Matched(nbeta, degraded, found, error)
+    return matched
+
+
+def _matched(level: float, degraded: Degraded, read: dict[str, Array], floor: float) -> Matched:
+    per_chain = np.asarray(read["loss"], np.float64).mean(axis=1) - floor
+    # Dials without randomness have one network, and of others chains may have been lost.
+    count = len(per_chain)
+    error = per_chain.std(ddof=1) / np.sqrt(count) if count > 1 else np.nan
+    is_comparable = bool(np.mean(read.get("is_above_chance", True)) > 0.5)
+    return Matched(level, degraded, float(per_chain.mean()), float(error), is_comparable)
 
 
 _MAX_TRIALS, _TOLERANCE = 4, 0.1

@@ -127,7 +127,7 @@ class _CellProbe:
             patch = interchange_patch(other, params, SITE, alignment, examples)
             return flip_rate(network.apply(params, examples.base, replaced(SITE, patch)), examples)
 
-        found = replace(self.behavior, damage=self.damage)(behavior_key, params)
+        found = {"loss": replace(self.behavior, damage=self.damage)(behavior_key, params)["loss"]}
         first = self.examples["genuine"]
         found["accuracy"] = jnp.mean(network.apply(params, first.base).argmax(axis=-1) == first.base_labels)
         for name, alignment in self.alignments.items():

@@ -99,6 +99,15 @@ def test_behavior_is_matched_for_a_dial_of_activations(key, params):
     again = over_draws(key, with_damage(probe, found.degraded), found.degraded.params)["loss"]
     assert float(again.mean()) == pytest.approx(found.excess_loss, rel=1e-5)
     assert found.excess_loss == pytest.approx(0.02, rel=0.01)
+    assert found.is_comparable
+
+
+def test_networks_at_chance_are_called_not_comparable(key, params):
+    probe = BehaviorProbe.at(SMALL, params, jax.random.normal(key, (2000, 6)))
+    # Weights that are all but noise agree as often as not, and no answer is rarer than half.
+    found = match(key, WeightNoise(), params, probe, 20.0, bracket=(1e-3, 1e3), num_chains=4, num_draws=5)
+    assert not found.is_comparable
+    assert "not comparable: accuracy is at chance" in str(found)
 
 
 def test_pruning_takes_the_least_salient_share_of_all_matrices_and_no_bias(key, params):
