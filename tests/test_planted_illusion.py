@@ -7,13 +7,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from slt_interp import cli
+from slt_interp.degradation.compression import Checkpoints
+from slt_interp.degradation.planted import plant
 from slt_interp.degradation.scores import auroc
 from slt_interp.report import planted_illusion as report
 from slt_interp.storage import read_run
+from slt_interp.studies import trained_circuits
 from slt_interp.studies.matched_dials import score_dial, score_dials
 
 LEVELS = (0.01, 0.02, 0.05, 0.1)
@@ -168,3 +173,16 @@ def test_smoke_run_makes_a_report_of_its_numbers(tmp_path):
     changed = copy.deepcopy(found)
     changed["dials"]["weight_noise"] |= {"auroc": 1.0, "auroc_low": 0.9, "auroc_high": 1.0, "num_networks": 2}
     assert report.findings(changed) != report.findings(found)
+
+
+def test_checkpoint_of_a_network_with_a_twin_computes_what_the_checkpoint_did(key):
+    network = trained_circuits.NETWORK
+    now, then = (network.init(k) for k in jax.random.split(key))
+    inputs = jax.random.normal(key, (50, network.widths[0]))
+    planted = plant(network, now, trained_circuits.SITE, trained_circuits.halves(), 0)
+    checkpoints = Checkpoints(jnp.array([1]), jax.tree.map(lambda w: w[None], then))
+    moved = trained_circuits.plant_in_all(checkpoints, planted, now).checkpoints
+    found = planted.network.apply(jax.tree.map(lambda w: w[0], moved), inputs)
+    # float32: what constant units add and the bias takes is as large as the activations.
+    np.testing.assert_allclose(found, network.apply(then, inputs), atol=1e-4)
+    assert np.abs(found - network.apply(now, inputs)).max() > 0.1

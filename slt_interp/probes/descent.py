@@ -13,7 +13,7 @@ Loss = Callable[[Any, Key[Array, ""], Float[Array, ""]], Float[Array, ""]]
 
 
 def descend(
-    key: Key[Array, ""], loss: Loss, start: Any, *, num_steps: int, learning_rate: float
+    key: Key[Array, ""], loss: Loss, start: Any, *, num_steps: int, learning_rate: float, stop_after: int | None = None
 ) -> tuple[Any, Float[Array, " step"]]:
     """Lower a loss by Adam, whose learning rate falls to 0 along a cosine.
 
@@ -22,6 +22,7 @@ def descend(
         loss: pure; draws its examples by the key.
         start: a pytree of floating arrays.
         num_steps: steps to make.
+        stop_after: end after so many of them: a checkpoint on the way of the same descent.
         learning_rate: Adam's at the start.
 
     Returns:
@@ -41,5 +42,7 @@ def descend(
         updates, state = optimizer.update(gradient, state)
         return (optax.apply_updates(found, updates), state), value
 
-    (found, _), losses = jax.lax.scan(step, (start, optimizer.init(start)), jnp.arange(num_steps))
+    (found, _), losses = jax.lax.scan(
+        step, (start, optimizer.init(start)), jnp.arange(num_steps if stop_after is None else stop_after)
+    )
     return found, losses

@@ -35,7 +35,7 @@ class InterchangeTraining(NamedTuple):
     losses: Float[Array, " step"]
 
 
-@functools.partial(jax.jit, static_argnames=("network", "site", "counterfactuals", "num_steps", "batch_size"))
+@functools.partial(jax.jit, static_argnames=("network", "site", "counterfactuals", "num_steps", "stop_after", "batch_size"))
 def train_interchange(
     key: Key[Array, ""],
     network: Network,
@@ -45,6 +45,7 @@ def train_interchange(
     counterfactuals: Callable[[Key[Array, ""], int], Counterfactuals],
     *,
     num_steps: int = 2000,
+    stop_after: int | None = None,
     batch_size: int = 512,
     learning_rate: float = 1e-2,
     label_smoothing: float = 0.0,
@@ -63,6 +64,7 @@ def train_interchange(
         alignment: rotation and masks of the directions that each variable is to have.
         counterfactuals: `(key, size) -> Counterfactuals`, a plain function.
         num_steps: Adam steps, with a learning rate that falls to 0 along a cosine.
+        stop_after: end after so many of them, with a checkpoint of the whole training.
         batch_size: fresh examples per step.
         learning_rate: Adam's.
         label_smoothing: s in [0, 1): targets are (1 - s) of the label and s of all classes alike. Without, logits grow for as
@@ -92,4 +94,6 @@ def train_interchange(
         patched = interchange(network, params, site, alignment, batch)
         return cross_entropy(patched, batch.labels) + cross_entropy(network.apply(params, batch.base), batch.base_labels)
 
-    return InterchangeTraining(*descend(key, loss, params, num_steps=num_steps, learning_rate=learning_rate))
+    return InterchangeTraining(
+        *descend(key, loss, params, num_steps=num_steps, learning_rate=learning_rate, stop_after=stop_after)
+    )

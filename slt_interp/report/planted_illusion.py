@@ -214,8 +214,8 @@ def _trained(results: Results) -> Section:
     )
     sentences = (
         _trained_sentence(results),
-        "Circuits are put in by interchange training, twins planted afterwards; on every draw both alignments are refitted for a short while, the twin among its own units. An earlier checkpoint has "
-        "no twin that was planted later, so that checkpoints are no dial of this comparison.",
+        "Circuits are put in by interchange training, twins planted afterwards; on every draw both alignments are refitted for a short while, the twin among its own units. In earlier "
+        "checkpoints the weights that there were before planting go back in time, and the units planted last stay.",
         *(_quality_sentence(name, entry, results) for name, entry in trained["dials"].items() if name.startswith("posterior")),
     )
     figure = dial_figures.survival_curves(panels, TRAINED_CELLS) if panels else None

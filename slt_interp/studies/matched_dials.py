@@ -239,6 +239,7 @@ BRACKETS = {
     "fisher_pruning": (1e-4, 1.0),
     "quantization": (1e-4, 1.0),
     "low_rank": (1e-6, 0.999),
+    "checkpoints": (1.0, 1e9),
 }
 """Levels between which each dial is searched."""
 

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from slt_interp.data import Counterfactuals
 from slt_interp.degradation.cells import ENTITY_SIZE, SITE, VARIABLE, Answers, Cells, build_cells
+from slt_interp.degradation.compression import Checkpoints
 from slt_interp.degradation.dials import Degraded, TemperedPosterior
 from slt_interp.degradation.matching import BehaviorProbe, with_damage
 from slt_interp.degradation.planted import released
@@ -45,7 +46,7 @@ from slt_interp.studies.matched_dials import (
     walk,
 )
 from slt_interp.studies.study import Study, check_ranges
-from slt_interp.studies.trained_circuits import TRAINED_CELLS, measure_trained, train_circuits
+from slt_interp.studies.trained_circuits import STOPS, TRAINED_CELLS, measure_trained, train_circuits
 from slt_interp.taps import NO_DAMAGE, Damage, Network, damaged_runs
 from slt_interp.taps import replace as replaced
 from slt_interp.tasks.hierarchical_equality import MODELS, FreshExamples, Interventions
@@ -246,7 +247,9 @@ def _trained(key: Key[Array, ""], config: Config, run: RunDirectory, progress: b
     """Measure networks with circuits put in by training, at the reference's localization and every second level."""
     levels = config.levels[1::2] if len(config.levels) > 3 else config.levels
     keys = jax.random.split(key, config.num_trained + 1)
-    params = train_circuits(keys[0], config.num_trained, config.train_steps)
+    stops = sorted({max(1, round(share * config.train_steps)) for share in STOPS})
+    trained = partial(train_circuits, keys[0], config.num_trained, config.train_steps)
+    params, checkpoints = trained(), jax.tree.map(lambda *w: jnp.stack(w, axis=1), *(trained(stop) for stop in stops))
     found = []
     for i in tqdm(range(config.num_trained), desc="trained networks", unit="network", disable=not progress):
         names = ("num_examples", "num_counterfactuals", "num_chains", "burnin", "thinning")
@@ -254,6 +257,7 @@ def _trained(key: Key[Array, ""], config: Config, run: RunDirectory, progress: b
             measure_trained,
             keys[i + 1],
             jax.tree.map(lambda w, i=i: w[i], params),
+            Checkpoints(jnp.array(stops), jax.tree.map(lambda w, i=i: w[i], checkpoints)),
             localization=config.localizations[0],
             levels=levels,
             num_draws=_TRAINED_DRAWS,

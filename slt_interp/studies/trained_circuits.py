@@ -5,6 +5,7 @@ draw, the twin among its own units only (`degradation.survival`).
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,9 +15,10 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from slt_interp.degradation.cells import ENTITY_SIZE
+from slt_interp.degradation.compression import Checkpoints
 from slt_interp.degradation.dials import Degraded, TemperedPosterior
 from slt_interp.degradation.matching import BehaviorProbe, with_damage
-from slt_interp.degradation.planted import plant
+from slt_interp.degradation.planted import Planted, plant
 from slt_interp.degradation.survival import Untapped, circuit_probe
 from slt_interp.estimators.volume import behavioral_kl
 from slt_interp.models.mlp import MLP
@@ -48,8 +50,8 @@ TRAINED_CELLS = {
 }
 """What `CircuitProbe` calls them."""
 
-DIALS = ("weight_noise", "weight_noise_per_layer", "activation_noise", "laplace")
-"""Those that reach every level on these networks."""
+DIALS = ("weight_noise", "weight_noise_per_layer", "activation_noise", "laplace", "checkpoints")
+"""Compression comes near few levels on these networks."""
 
 NETWORK = MLP((4 * ENTITY_SIZE, 16, 16, 2))
 SITE = "layer1"
@@ -59,7 +61,11 @@ COUNTERFACTUALS = partial(draw_counterfactuals, entity_size=ENTITY_SIZE)
 _SMOOTHING = 0.04
 
 
-def train_circuits(key: Key[Array, ""], num_networks: int, num_steps: int) -> Params:
+STOPS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+"""Shares of the training after which there is a checkpoint."""
+
+
+def train_circuits(key: Key[Array, ""], num_networks: int, num_steps: int, stop_after: int | None = None) -> Params:
     """Train networks at once to have (a = b) in the first half of the first layer and (c = d) in the second.
 
     Returns:
@@ -70,7 +76,15 @@ def train_circuits(key: Key[Array, ""], num_networks: int, num_steps: int) -> Pa
         init_key, train_key = jax.random.split(key)
         params = NETWORK.init(init_key)
         trained = train_interchange(
-            train_key, NETWORK, params, SITE, halves(), COUNTERFACTUALS, num_steps=num_steps, label_smoothing=_SMOOTHING
+            train_key,
+            NETWORK,
+            params,
+            SITE,
+            halves(),
+            COUNTERFACTUALS,
+            num_steps=num_steps,
+            stop_after=stop_after,
+            label_smoothing=_SMOOTHING,
         )
         return trained.params
 
@@ -80,6 +94,7 @@ def train_circuits(key: Key[Array, ""], num_networks: int, num_steps: int) -> Pa
 def measure_trained(
     key: Key[Array, ""],
     params: Params,
+    checkpoints: Checkpoints,
     *,
     num_examples: int,
     num_counterfactuals: int,
@@ -123,6 +138,7 @@ def measure_trained(
 
     labels = SmoothedCrossEntropy(planted.network, _SMOOTHING)
     rivals = make_rivals(planted.network, planted.params, data["inputs"], localization, labels, data)
+    rivals["checkpoints"] = plant_in_all(checkpoints, planted, params)
     dials = walk(
         dial_key,
         {REFERENCE: Posterior(dial, behavior)},
@@ -136,6 +152,19 @@ def measure_trained(
     )
     names = ("accuracy", "effect", "twin")
     return {"center": {name: float(center[name].mean()) for name in names}, "dials": dials}, {}
+
+
+def plant_in_all(checkpoints: Checkpoints, planted: Planted, params: Params) -> Checkpoints:
+    """Set the weights that there were before planting to what they were earlier; the units planted last stay as they are.
+
+    Nothing reads a copy, and what a constant unit adds is taken from the bias: functions are those of the checkpoints.
+    """
+
+    def one(after: Array, now: Array, then: Array) -> Array:
+        return after + jnp.pad(then - now, [(0, n - m) for n, m in zip(after.shape, now.shape, strict=True)])
+
+    moved = jax.vmap(lambda earlier: jax.tree.map(one, planted.params, params, earlier))(checkpoints.checkpoints)
+    return replace(checkpoints, checkpoints=moved)
 
 
 def halves() -> Alignment:

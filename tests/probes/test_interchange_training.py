@@ -95,3 +95,14 @@ def test_unknown_site_and_misfit_are_errors(key):
         train_interchange(key, NETWORK, params, "layer3", IDENTITY, examples)
     with pytest.raises(ValueError, match=r"map of shape \(8, 8\)"):
         train_interchange(key, NETWORK, params, "layer2", Alignment(jnp.eye(8), jnp.ones((2, 8))), examples)
+
+
+def test_a_descent_that_stops_is_on_the_way_of_the_whole_one(key):
+    def loss(x, key, done):
+        return jnp.sum((x - jax.random.normal(key, (3,))) ** 2) + done
+
+    settings = {"num_steps": 20, "learning_rate": 0.1}
+    whole = descend(key, loss, jnp.zeros(3), **settings)[1]
+    found, losses = descend(key, loss, jnp.zeros(3), **settings, stop_after=7)
+    np.testing.assert_allclose(losses, whole[:7], rtol=1e-6)
+    np.testing.assert_allclose(loss(found, jax.random.fold_in(key, 7), 7 / 20), whole[7], rtol=1e-6)
