@@ -63,7 +63,12 @@ class _Module(nnx.Module):
 
     def __call__(self, inputs: Array, tap: Tap) -> Array:
         *hidden, head = self.layers
-        activation = tap(INPUTS, inputs)
+        # Examples run along the last axis within: with few units a row, products are twice as fast on CPUs.
+        activation = tap(INPUTS, inputs).T
         for i, layer in enumerate(hidden):
-            activation = tap(f"layer{i + 1}", self.activation(layer(activation)))
-        return head(activation)
+            activation = tap(f"layer{i + 1}", self.activation(_affine(layer, activation)).T).T
+        return _affine(head, activation).T
+
+
+def _affine(layer: nnx.Linear, columns: Float[Array, "in example"]) -> Float[Array, "out example"]:
+    return layer.kernel[...].T @ columns + layer.bias[...][:, None]
