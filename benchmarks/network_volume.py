@@ -156,7 +156,9 @@ def _measure(
 
 def _ask(config: Config, params: Params, scale: float, method: str, seed: int, thresholds: np.ndarray) -> VolumeEstimate:
     ask = {
-        "tempering": partial(tempered_volume, num_chains=config.num_chains, num_draws=config.num_draws, progress=False),
+        "tempering": partial(
+            tempered_volume, num_chains=config.num_chains, num_draws=config.num_draws, max_rounds=1, progress=False
+        ),
         "subset": partial(
             subset_simulation,
             num_particles=config.num_particles,

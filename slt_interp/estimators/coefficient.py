@@ -198,7 +198,7 @@ def _warnings(probability: float) -> tuple[str, ...]:
     return ()
 
 
-_DECAYS = (1 / 6, 1 / 4, 1 / 3, 1 / 2, 1.0)
+_DECAYS = (1 / 12, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 1.0)
 _ROOT, _ROOT_SPREAD = 4.5, 0.6
 """The posterior leaves the base at the first rung, where log Z is still of order 1: P has its roots not far below it.
 

@@ -89,6 +89,7 @@ class Ladder:
         exchange: mean probability with which rungs r and r + 1 swap.
         init_loss: L(w*), nats per example.
         lowest_loss: L*, which energies are counted from: `init_loss`, or the lowest loss of any draw if that is lower.
+        rounding: standard deviation of the loss's rounding at draws of the coldest rung, nats per example.
         base: the base measure.
         dimension: number of weights.
         params: the weights of the draws, (rung, chain, draw, ...), if they were kept.
@@ -106,6 +107,7 @@ class Ladder:
     exchange: Float[np.ndarray, " pair"]
     init_loss: float
     lowest_loss: float
+    rounding: float
     base: Base
     dimension: int
     params: Params | None
@@ -167,12 +169,13 @@ class Ladder:
         return float(trips / num_chains)
 
     def llc_curve(self) -> LLCCurve:
-        """Read the LLC at every rung; standard errors include the difference between the families."""
+        """Read the LLC at every rung; standard errors include the difference between the families, and the loss's rounding."""
         nbetas = self.nbetas[1:, None, None]
         energy = nbetas * (self.mean_loss[1:] - self.lowest_loss)
         deviation = nbetas * (self.loss[1:] - self.loss[1:].mean(axis=(1, 2), keepdims=True))
         values = [(x.mean(axis=(1, 2)), np.array([self._error(rung) for rung in x])) for x in (energy, deviation**2)]
-        return LLCCurve(self.nbetas[1:], *values[0], *values[1])
+        llc, std_error = values[0]
+        return LLCCurve(self.nbetas[1:], llc, np.maximum(std_error, self.nbetas[1:] * self.rounding), *values[1])
 
     def log_partition(self) -> LogPartition:
         """Estimate log Z of every rung by MBAR; standard errors include the difference between the families."""
@@ -183,12 +186,14 @@ class Ladder:
         """Estimate the learning coefficient for each multiplicity from energies and log Z; see `fit_coefficient`.
 
         It is that of the base measure's whole support: the smallest of all minima there, at most the local one at the weights.
+        Rungs so cold that the loss's rounding moves their energy by .01 nats are left out.
 
         Raises:
             InputError: for ladders of too few rungs, chains or draws.
         """
         num_chains, num_draws = self.loss.shape[1:]
-        picked = np.unique(np.linspace(1, len(self.nbetas) - 1, _NUM_READ).round().astype(int))
+        last = int(np.sum(self.nbetas * self.rounding <= _MAX_ROUNDING)) - 1
+        picked = np.unique(np.linspace(min(1, last), last, _NUM_READ).round().astype(int))
         energy = self.nbetas[picked, None, None] * (self.mean_loss[picked] - self.lowest_loss)
         if not energy.any():
             return replace(OF_CONSTANT_LOSS, warnings=self.warnings)
@@ -196,7 +201,8 @@ class Ladder:
         if len(picked) < MIN_RUNGS or num_draws < _NUM_BLOCKS or num_samples < num_readings + 4:
             raise InputError(
                 f"a learning coefficient needs {MIN_RUNGS} rungs above the base, 4 chains and {_NUM_BLOCKS} draws, but this "
-                f"ladder has {len(self.nbetas) - 1}, {num_chains} and {num_draws}: raise max_nbeta, num_chains or num_draws"
+                f"ladder has {last} that the loss's rounding does not touch, {num_chains} and {num_draws}: raise max_nbeta, "
+                "num_chains or num_draws"
             )
         means = energy.mean(axis=(1, 2))
         moved = block_sums(energy - means[:, None, None], _NUM_BLOCKS).T / energy[0].size
@@ -324,5 +330,6 @@ _MIN_SHARE = 0.05
 _NUM_READ, _NUM_BLOCKS = 12, 10
 """A learning coefficient is read from at most 12 rungs; blocks of draws, longer than chains remember, count as independent."""
 
+_MAX_ROUNDING = 0.01
 _GAP = 0.1
 _MAX_DROP = 0.1

@@ -87,7 +87,7 @@ def ladder_in_rounds(
         budget; and the gradients per chain that were spent.
     """
     place_key, run_key = jax.random.split(key)
-    kernel, spent = place_rungs(place_key, replace(target, localization=target.base), families, max_gradients=budget)
+    kernel, starts, spent = place_rungs(place_key, replace(target, localization=target.base), families, max_gradients=budget)
     if kernel is None:
         return None, spent
     rungs = np.size(kernel.target.nbeta)
@@ -95,7 +95,9 @@ def ladder_in_rounds(
     num_draws, runs = FIRST_ROUND, None
     while True:
         num_draws = min(num_draws, last)
-        runs = families.run(run_key, kernel, num_draws=num_draws, num_burnin=BURNIN_PER_RUNG * rungs, previous=runs)
+        runs = families.run(
+            run_key, kernel, num_draws=num_draws, num_burnin=BURNIN_PER_RUNG * rungs, previous=runs, starts=starts
+        )
         settled, estimate = _without_burnin(*top_rung(runs, kernel, target), init_loss=init_loss)
         is_precise = estimate.std_error <= precision * abs(estimate.llc)
         if num_draws == last or (is_precise and estimate.status == OK):

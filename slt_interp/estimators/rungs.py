@@ -1,8 +1,9 @@
 """Where the rungs of a ladder belong, with which metric and step, and how two families of chains run on it.
 
 A pilot on rungs that triple nbeta learns each rung's metric and how widely nbeta L scatters there. The ladder proper has a rung
-wherever the scatter, integrated over log nbeta, has grown by a fixed amount: neighbors then swap equally often. A trial run
-settles the steps, and puts rungs between neighbors that hardly swap.
+wherever the scatter, integrated over log nbeta, has grown by a fixed amount: neighbors then swap equally often. The family from
+the base is annealed: taken down from rung to rung. Trial runs settle the steps, and put rungs between neighbors that hardly
+swap. All go on from where the last one ended.
 """
 
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from slt_interp.posterior import LocalPosterior
 from slt_interp.samplers.chains import chain_mesh, choose_block_size, sample
 from slt_interp.samplers.draws import Draws
 from slt_interp.samplers.exchange import ExchangeState, ReplicaExchange, RungReadings, keep_rungs
-from slt_interp.samplers.hamiltonian import learned_metric, learned_scale, needs_directions
+from slt_interp.samplers.hamiltonian import MetropolisState, learned_metric, learned_scale, needs_directions
 from slt_interp.samplers.hmc import HMC
 from slt_interp.samplers.kernel import Info
 from slt_interp.tree import Params, dimension
@@ -37,8 +38,8 @@ MIN_EXCHANGE = 0.15
 CHUNK = 50
 """Draws between two looks of the host, and of a trial."""
 
-MIN_DRAWS, BURNIN_PER_RUNG = 300, 4
-"""Fewer draws than 300 are not worth finding a ladder; four steps for each of its rungs come before the first draw."""
+MIN_DRAWS, BURNIN_PER_RUNG = 300, 2
+"""Fewer draws than 300 are not worth finding a ladder; two steps for each of its rungs come before the first draw."""
 
 
 @dataclass(frozen=True)
@@ -63,27 +64,35 @@ class Families:
         kernel: ReplicaExchange,
         *,
         previous: tuple[Draws, Draws] | None = None,
+        starts: tuple[Draws, Draws] | None = None,
         checkpoint: Path | None = None,
         **counts: Any,
     ) -> tuple[Draws, Draws]:
-        """Run both families, or go on with `previous`; `counts` are those of `sample`."""
+        """Run both families, or go on with `previous`; `counts` are those of `sample`.
+
+        Without `previous`, chains start where those of `starts` ended, which were on other rungs perhaps: each rung at the
+        weights of the nearest.
+        """
         above = len(np.asarray(kernel.target.nbeta)) - 1
         fits = choose_block_size(_ALL, None, kernel.target, self.params, self.data)
         # A divisor, or what is left over would be a second program.
         kernel = replace(kernel, block_size=max(size for size in range(1, min(fits, above) + 1) if above % size == 0))
         names, runs = ("base", "weights"), []
         for i, name in enumerate(names):
+            of_family, before = replace(kernel, from_base=jnp.asarray(name == "base")), previous and previous[i]
+            if before is None and starts is not None:
+                before = _moved(starts[i], of_family, self.data)
             runs.append(
                 sample(
                     jax.random.fold_in(key, i),
-                    replace(kernel, from_base=jnp.asarray(name == "base")),
+                    of_family,
                     self.params,
                     FullBatch(self.data),
                     num_chains=self.num_chains,
                     block_size=None if fits == _ALL else 1,
                     mesh=chain_mesh(self.num_chains),
                     progress=self.progress,
-                    previous=None if previous is None else previous[i],
+                    previous=before,
                     checkpoint=None if checkpoint is None else checkpoint / name,
                     **({"collect": keep_rungs(kernel.target), "chunk_size": CHUNK} | counts),
                 )
@@ -129,7 +138,7 @@ def place_rungs(
     families: Families,
     checkpoint: Path | None = None,
     max_gradients: float = np.inf,
-) -> tuple[ReplicaExchange | None, float]:
+) -> tuple[ReplicaExchange | None, tuple[Draws, Draws], float]:
     """Place the rungs of a ladder up to the nbeta of `target`, with their metrics and steps.
 
     Args:
@@ -140,46 +149,50 @@ def place_rungs(
         max_gradients: per chain, for trials, burn-in and `MIN_DRAWS` draws on the ladder; a pilot is always run.
 
     Returns:
-        The kernel, or None if its rungs are too many for `max_gradients`, and the gradients per chain that were spent.
+        The kernel, or None if its rungs are too many for `max_gradients`; what has run last, whose ends are where chains go
+        on; and the gradients per chain that were spent.
 
     Raises:
         InputError: if there would be more than 400 rungs.
     """
-    base_key, pilot_key, trial_key = jax.random.split(key, 3)
+    base_key, pilot_key, anneal_key, trial_key = jax.random.split(key, 4)
     top = float(np.asarray(target.nbeta))
-    first = min(_first_rung(base_key, target, families, top), top / _GROWTH)
+    first = min(_first_rung(base_key, target, families, top), top / _GROWTH**3)
     tripled = np.concatenate([[0.0], np.geomspace(first, top, 1 + int(np.ceil(np.log(top / first) / np.log(_GROWTH) - 1e-6)))])
-    pilot, spent = _pilot(pilot_key, target, families, tripled, checkpoint and checkpoint / "pilot")
+    pilot, runs, spent = _pilot(pilot_key, target, families, tripled, checkpoint and checkpoint / "pilot")
     kernel = _kernel(target, pilot, _spaced(pilot, tripled))
     count = np.size(kernel.target.nbeta)
-    steps = _NUM_TRIALS * (2 * count + CHUNK) + BURNIN_PER_RUNG * count + MIN_DRAWS
+    # Of both families together: one of them is annealed.
+    steps = _ANNEALING / 2 + _NUM_TRIALS * CHUNK + BURNIN_PER_RUNG * count + MIN_DRAWS
     if spent + kernel.kernel.num_leapfrog * count * steps > max_gradients:
-        return None, spent
+        return None, runs, spent
     if count > _MAX_RUNGS:
         raise InputError(
             f"a ladder up to nbeta {top:.3g} would need {count:,} rungs, and at most {_MAX_RUNGS} are run: at cold rungs "
             "energies differ widely between chains, as where there are several minima; narrow the base measure, or end at a "
             "smaller nbeta"
         )
+    runs = _annealed(anneal_key, kernel, runs[0], families), runs[1]
+    spent += kernel.kernel.num_leapfrog * (count - 1) * _ANNEALING / 2
     for attempt in range(_NUM_TRIALS):
         nbetas = np.asarray(kernel.target.nbeta, np.float64)
         folder = checkpoint and checkpoint / f"trial-{attempt}"
-        trial = families.run(
-            jax.random.fold_in(trial_key, attempt), kernel, num_burnin=2 * len(nbetas), num_draws=CHUNK, checkpoint=folder
-        )
-        spent += float(np.mean([draws.num_gradients.mean() for draws in trial]))
-        # Of what is rejected the square root goes with the step.
-        rejected = 1 - joined(trial, lambda draws: draws.info.acceptance).mean(axis=(0, 1))
+        runs = families.run(jax.random.fold_in(trial_key, attempt), kernel, starts=runs, num_draws=CHUNK, checkpoint=folder)
+        spent += float(np.mean([draws.num_gradients.mean() for draws in runs]))
+        # Half of a trial forgets on which rungs chains were before. Of what is rejected the square root goes with the step.
+        rejected = 1 - joined(runs, lambda draws: draws.info.acceptance[:, CHUNK // 2 :]).mean(axis=(0, 1))
         factor = np.clip(np.sqrt(REJECTED / np.maximum(rejected, 1e-6)), 0.5, 1.5)
         steps = np.minimum(1.0, kernel.step_size * factor.astype(np.float32))
         kernel = replace(kernel, kernel=replace(kernel.kernel, step_size=steps))
-        exchange = joined(trial, lambda draws: draws.collected.exchange).mean(axis=(0, 1))
+        exchange = joined(runs, lambda draws: draws.collected.exchange[:, CHUNK // 2 :]).mean(axis=(0, 1))
         rare = np.flatnonzero(exchange < MIN_EXCHANGE)
+        if attempt and not len(rare):
+            break
         if len(rare) and attempt < _NUM_TRIALS - 1:
             middle = np.where(nbetas[rare] > 0, np.sqrt(nbetas[rare] * nbetas[rare + 1]), nbetas[rare + 1] / 4)
             pilot = pilot._replace(nbetas=nbetas, scale=kernel.kernel.scale, step_size=steps)
             kernel = _kernel(target, pilot, np.sort(np.concatenate([nbetas, middle])))
-    return kernel, spent
+    return kernel, runs, spent
 
 
 _GROWTH = 3.0
@@ -195,6 +208,10 @@ _UNSETTLED = 20.0
 """Both families together scatter at most by this factor more (in squares) than the lesser one, or one has not settled."""
 
 _PILOT_WARMUP = 100
+
+_ANNEALING = 200
+"""Steps at each rung on the way down: a ladder's own swaps take thousands to bring a replica there."""
+
 _NUM_TRIALS = 3
 REJECTED = 0.11
 """Rejected by `HMC.step` where whole steps reject 0.2: the half that are smaller reject 0.03."""
@@ -256,7 +273,7 @@ def _base_losses(target: LocalPosterior, params: Params, data: Batch, keys: Key[
 
 def _pilot(
     key: Key[Array, ""], target: LocalPosterior, families: Families, nbetas: np.ndarray, checkpoint: Path | None
-) -> tuple[_Pilot, float]:
+) -> tuple[_Pilot, tuple[Draws, Draws], float]:
     center = target.position(families.params)
     is_large = dimension(center) > MAX_WHITENED
     width = target.base.variance(center)
@@ -296,7 +313,7 @@ def _pilot(
     # Of the base itself the loss may be infinite.
     mean, variance = (np.concatenate([[np.nan], f(loss, axis=(1, 2))]) for f in (np.mean, np.var))
     spent = float(np.mean([draws.num_gradients.mean() for draws in runs]))
-    return _Pilot(nbetas, scale, np.minimum(1.0, steps * np.asarray(allowed)), mean, variance), spent
+    return _Pilot(nbetas, scale, np.minimum(1.0, steps * np.asarray(allowed)), mean, variance), runs, spent
 
 
 def _settled(losses: list[Float[np.ndarray, "chain draw rung"]]) -> Int[np.ndarray, "rung chain"]:
@@ -341,8 +358,67 @@ def _spaced(pilot: _Pilot, nbetas: np.ndarray) -> Float[np.ndarray, " rung"]:
 
 def _kernel(target: LocalPosterior, pilot: _Pilot, nbetas: np.ndarray) -> ReplicaExchange:
     """Give each rung the metric and the step of the pilot's nearest."""
-    distance = np.abs(np.log(np.maximum(nbetas, 1e-30))[:, None] - np.log(np.maximum(pilot.nbetas, 1e-30)))
-    nearest = distance.argmin(axis=1)
+    nearest = _nearest(nbetas, pilot.nbetas)
     scale, steps = jax.tree.map(lambda x: np.asarray(x)[nearest], (pilot.scale, pilot.step_size))
     rungs = replace(target, nbeta=np.asarray(nbetas, np.float32))
     return ReplicaExchange(HMC(rungs, steps, scale=scale))
+
+
+def _nearest(nbetas: np.ndarray, others: np.ndarray) -> Int[np.ndarray, " rung"]:
+    """Find for each rung the nearest of others in log nbeta; the base measure is near itself alone."""
+    logs, other_logs = (np.log(np.maximum(x, 1e-30)) for x in (np.asarray(nbetas), np.asarray(others)))
+    return np.abs(logs[:, None] - other_logs).argmin(axis=1)
+
+
+def _moved(draws: Draws, kernel: ReplicaExchange, data: Batch) -> Draws:
+    """Put chains that have run on some rungs on those of `kernel`, with no step made."""
+    nearest = _nearest(kernel.target.nbeta, draws.kernel.target.nbeta)
+    params = jax.tree.map(lambda x: np.asarray(x)[:, nearest], draws.state.params)
+    num_chains = len(draws.is_finite)
+    state = _starts(kernel, jax.random.split(jax.random.key(0), num_chains), params, data)
+    none = np.zeros(num_chains)
+    return Draws(
+        jax.tree.map(lambda x: x[:, :0], draws.info), None, np.asarray(draws.is_finite), none, none, state, kernel, 0, 0, 1
+    )
+
+
+def _annealed(key: Key[Array, ""], kernel: ReplicaExchange, draws: Draws, families: Families) -> Draws:
+    """Take draws of the base down the rungs one after the other, and leave where they end at each for the chains to go on from.
+
+    Chains that start at cold rungs from where the base is fall into the next valley, and stay there.
+    """
+    keys = jax.random.split(key, len(draws.is_finite))
+    params = _anneal(kernel, keys, families.params, families.data)
+    state = draws.state._replace(rungs=draws.state.rungs._replace(params=params))
+    return replace(draws, state=state, kernel=kernel)
+
+
+@jax.jit
+def _anneal(kernel: ReplicaExchange, keys: Key[Array, " chain"], params: Params, data: Batch) -> Params:
+    """Make `_ANNEALING` steps at each rung, from where those at the rung above it ended; (chain, rung, ...)."""
+
+    def down(position: Params, arguments: tuple) -> tuple[Params, Params]:
+        key, settings = arguments
+        rung = kernel.at(settings)
+        step_key, init_key = jax.random.split(key)
+        state = rung.init(init_key, position, data)
+
+        def step(i: Array, state: MetropolisState) -> MetropolisState:
+            return rung.step(jax.random.fold_in(step_key, i), state, data)[0]
+
+        position = jax.lax.fori_loop(0, _ANNEALING, step, state).params
+        return position, position
+
+    def one(key: Key[Array, ""]) -> Params:
+        base_key, rung_key = jax.random.split(key)
+        first = kernel.draw(base_key, params)
+        settings = jax.tree.map(lambda x: x[1:], kernel.settings())
+        rungs = jax.lax.scan(down, first, (jax.random.split(rung_key, len(settings[0])), settings))[1]
+        return jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first, rungs)
+
+    return jax.lax.map(one, keys)
+
+
+@jax.jit
+def _starts(kernel: ReplicaExchange, keys: Key[Array, " chain"], params: Params, data: Batch) -> ExchangeState:
+    return jax.lax.map(lambda arguments: kernel.init_at(*arguments, data), (keys, params))

@@ -4,12 +4,13 @@ The rungs, their metrics and steps are those of `place_rungs`; two families of c
 the trained weights, run on them and never meet.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
 from slt_interp.bases import BASES, Base
 from slt_interp.data import Batch
@@ -18,7 +19,8 @@ from slt_interp.estimators.ladder import Ladder
 from slt_interp.estimators.rungs import BURNIN_PER_RUNG, Families, joined, place_rungs
 from slt_interp.estimators.volume_estimate import check_labels
 from slt_interp.posterior import LocalPosterior, LossFn, check_target
-from slt_interp.samplers.exchange import keep_rungs
+from slt_interp.samplers.draws import Draws
+from slt_interp.samplers.exchange import ReplicaExchange, keep_rungs
 from slt_interp.tree import Params, check_key, dimension
 
 
@@ -39,8 +41,8 @@ def temper(
 ) -> Ladder:
     """Sample exp(-nbeta L) base(w) at rungs from nbeta = 0 to `max_nbeta`, by HMC with replica exchange on all data.
 
-    Costs about 8 gradients per chain, rung and step: a pilot of 150 steps on fewer rungs, three trials of 50 steps and two
-    more for each rung, and four for each rung before any draw is kept.
+    Costs about 8 gradients per chain, rung and step: a pilot of 150 steps on fewer rungs, 200 steps in which half of the chains
+    are annealed from the base to the coldest rung, trials of 100 to 150 steps, and two for each rung before any draw is kept.
 
     Args:
         key: typed PRNG key.
@@ -71,6 +73,40 @@ def temper(
     >>> bool(abs(volume.log_volume[0] - np.log(1 - np.exp(-0.1))) < 4 * volume.std_error[0])
     True
     """
+    return next(
+        ladders(
+            key,
+            loss_fn,
+            params,
+            data,
+            base=base,
+            max_nbeta=max_nbeta,
+            num_chains=num_chains,
+            num_draws=num_draws,
+            keep_params=keep_params,
+            labels=labels,
+            progress=progress,
+            checkpoint=checkpoint,
+        )
+    )
+
+
+def ladders(
+    key: Key[Array, ""],
+    loss_fn: LossFn,
+    params: Params,
+    data: Batch,
+    *,
+    base: Base,
+    max_nbeta: float,
+    num_chains: int,
+    num_draws: int,
+    keep_params: bool = False,
+    labels: Callable[[Params], Int[Array, ""]] | None = None,
+    progress: bool = True,
+    checkpoint: str | Path | None = None,
+) -> Iterator[Ladder]:
+    """Yield the ladder of `temper`, and then the same one with twice the draws each time, for as long as more are asked for."""
     check_key(key)
     if not isinstance(base, BASES):
         raise InputError(f"base must be a Gaussian, Box or Ball, but is {type(base).__name__}")
@@ -91,17 +127,27 @@ def temper(
     place_key, run_key = jax.random.split(key)
     families = Families(params, data, num_chains // 2, progress)
     folder = None if checkpoint is None else Path(checkpoint)
-    kernel, spent = place_rungs(place_key, target, families, folder)
+    kernel, starts, spent = place_rungs(place_key, target, families, folder)
     assert kernel is not None, "without a limit there is always a ladder"
-    num_rungs = np.size(kernel.target.nbeta)
-    runs = families.run(
-        run_key,
-        kernel,
-        num_draws=num_draws,
-        num_burnin=BURNIN_PER_RUNG * num_rungs,
-        collect=keep_rungs(kernel.target, keep_params=keep_params, labels=labels),
-        checkpoint=folder and folder / "run",
-    )
+    num_rungs, runs = np.size(kernel.target.nbeta), None
+    collect = keep_rungs(kernel.target, keep_params=keep_params, labels=labels)
+    while True:
+        runs = families.run(
+            run_key,
+            kernel,
+            num_draws=num_draws,
+            num_burnin=BURNIN_PER_RUNG * num_rungs,
+            starts=starts,
+            # What is on disk goes on by itself.
+            previous=runs if folder is None else None,
+            collect=collect,
+            checkpoint=folder and folder / "run",
+        )
+        yield _ladder(kernel, runs, data, init_loss, spent)
+        num_draws *= 2
+
+
+def _ladder(kernel: ReplicaExchange, runs: tuple[Draws, Draws], data: Batch, init_loss: float, spent: float) -> Ladder:
     readings = joined(runs, lambda draws: draws.collected)
 
     def by_rung(array: np.ndarray) -> np.ndarray:
@@ -109,6 +155,8 @@ def temper(
 
     loss = by_rung(readings.loss).astype(np.float64)
     sizes = [int(draws.is_finite.sum()) for draws in runs]
+    coldest = jax.tree.map(lambda x: x[:, -1], joined(runs, lambda draws: draws.state.params))
+    rounding = float(_rounding(kernel.target, coldest, data))
     return Ladder(
         nbetas=np.asarray(kernel.target.nbeta, np.float64),
         loss=loss,
@@ -118,11 +166,32 @@ def temper(
         replica=by_rung(readings.replica),
         exchange=readings.exchange.mean(axis=(0, 1), dtype=np.float64),
         init_loss=init_loss,
-        lowest_loss=float(min(init_loss, loss.min())),
-        base=base,
-        dimension=dimension(params),
+        lowest_loss=float(loss.min()) if loss.min() < init_loss - _CLEARLY * rounding else init_loss,
+        rounding=rounding,
+        base=kernel.target.base,
+        dimension=dimension(kernel.target.center),
         params=jax.tree.map(by_rung, readings.params),
-        num_lost=num_chains - sum(sizes),
+        num_lost=sum(len(draws.is_finite) for draws in runs) - sum(sizes),
         gradients_per_chain=spent + float(np.mean([draws.num_gradients.mean() for draws in runs])),
         labels=jax.tree.map(by_rung, readings.labels),
     )
+
+
+@jax.jit
+def _rounding(target: LocalPosterior, params: Params, data: Batch) -> Float[Array, ""]:
+    """Estimate the standard deviation of the loss's rounding around some weights (chain, ...).
+
+    What remains of fourth differences along a line of relative steps 2^-12 is not smooth; and a float is rounded itself.
+    """
+    steps = 1 + 2.0**-12 * jnp.arange(13)
+
+    def along(params: Params) -> Float[Array, " step"]:
+        return jax.lax.map(lambda step: target.loss(jax.tree.map(lambda w: step * w, params), data), steps)
+
+    losses = jax.lax.map(along, params)
+    of_terms = jnp.mean(jnp.diff(losses, n=4) ** 2) / 70
+    return jnp.sqrt(of_terms + (jnp.finfo(losses.dtype).eps * jnp.mean(losses)) ** 2 / 12)
+
+
+_CLEARLY = 6.0
+"""Standard deviations of rounding: of as many draws as a ladder has, none comes so far by chance."""

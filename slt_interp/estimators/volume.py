@@ -10,6 +10,7 @@ V(eps) = P_base(L(w) <= L(w*) + eps), by methods that count different sets and f
 The loss is any scalar function of the weights: `behavioral_kl` makes the one that asks for the same behavior.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -28,7 +29,7 @@ from slt_interp.errors import InputError
 from slt_interp.estimators.llc import DO_NOT_TRUST, OK
 from slt_interp.estimators.rays import ray_volume
 from slt_interp.estimators.subset import subset_simulation
-from slt_interp.estimators.tempering import temper
+from slt_interp.estimators.tempering import ladders
 from slt_interp.estimators.volume_estimate import REFUSED, VolumeEstimate, check_labels, check_thresholds, rounding_warnings
 from slt_interp.posterior import LocalPosterior, LossFn, check_target
 from slt_interp.samplers.chains import chain_mesh, sample
@@ -102,10 +103,14 @@ def tempered_volume(
     labels: Callable[[Params], Int[Array, ""]] | None = None,
     num_chains: int = 8,
     num_draws: int = 400,
+    precision: float = 0.05,
+    max_rounds: int = 4,
     progress: bool = True,
 ) -> VolumeEstimate:
     """Read log volumes from a ladder of temperatures, as cold as the smallest threshold asks; see `temper`.
 
+    The first `num_draws` steps are doubled, in `max_rounds` at most, until the standard error of every threshold is at most
+    `precision` nats, or a tenth of that times |log V| where that is larger; other arguments are those of `estimate_volume`.
     No number is given for thresholds at which chains from the base and from the weights, or weighted draws and the saddle
     point of the partition function, disagree by more than a nat or two, or where neighbors of the ladder hardly swap.
     """
@@ -115,7 +120,7 @@ def tempered_volume(
         check_labels(labels, params)
     probe_key, ladder_key = jax.random.split(key)
     max_nbeta, spent = _coldest(probe_key, LocalPosterior(loss_fn, params, 1 / thresholds[0], base), params, data, progress)
-    ladder = temper(
+    growing = ladders(
         ladder_key,
         loss_fn,
         params,
@@ -127,14 +132,19 @@ def tempered_volume(
         labels=labels,
         progress=progress,
     )
-    reached = np.array([ladder.reaches(threshold) for threshold in thresholds])
-    if not reached.any():
-        raise InputError(
-            f"draws at nbeta {max_nbeta:.3g} hardly reach the largest threshold, {thresholds[-1]:.3g}, above the loss at "
-            "params: move the base measure nearer to params, or raise the thresholds"
-        )
-    found = ladder.log_volume(thresholds[reached])
-    apart = np.abs(found.log_volume - found.saddle_point)
+    for ladder in itertools.islice(growing, max_rounds):
+        reached = np.array([ladder.reaches(threshold) for threshold in thresholds])
+        if not reached.any():
+            raise InputError(
+                f"draws at nbeta {max_nbeta:.3g} hardly reach the largest threshold, {thresholds[-1]:.3g}, above the loss at "
+                "params: move the base measure nearer to params, or raise the thresholds"
+            )
+        found = ladder.log_volume(thresholds[reached])
+        apart = np.abs(found.log_volume - found.saddle_point)
+        limit = precision * np.maximum(1.0, np.abs(found.log_volume) / 10)
+        # The error covers the difference between the families.
+        if np.all((found.std_error <= limit) & ~(apart > _MAX_SADDLE_GAP)):
+            break
     reasons = []
     far, uneven = ~(found.family_gap <= _MAX_GAP), ~(apart <= _MAX_SADDLE_GAP)
     if not reached.all():

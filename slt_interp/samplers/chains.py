@@ -88,7 +88,8 @@ def sample(
             fresh directory per run: another key, kernel, start, data, `collect` or `precision` is refused, but of
             functions only the names are known.
         previous: draws of the same call with fewer `num_draws`, in memory: they are kept, and the chains go on from their
-            ends, bit for bit as if they had not stopped. Their key and data are not known: give the same.
+            ends, bit for bit as if they had not stopped. Their key and data are not known: give the same. One that holds no
+            step at all is where chains start: any counts and a checkpoint may go with it.
         precision: stop early, once the standard error of the mean loss is at most this, in nats per example (LLC units
             are nbeta times that). An error that is looked at until it is small is a little too small.
         check_every: draws between two looks at the precision, whatever the chunks.
@@ -152,19 +153,24 @@ def sample(
         run = functools.partial(run, capacity=capacity)
     now = _Now(states, np.ones(num_chains, bool), np.zeros(num_chains), np.zeros(num_chains))
     before, done = num_warmup + num_burnin, 0
+    if previous is not None:
+        _check_previous(previous, kernel, num_chains, num_draws, (num_warmup, num_burnin, thinning))
+        # Copied: they are donated.
+        states = jax.tree.map(jnp.copy, previous.state)
+        now = _Now(states, *(np.array(x) for x in (previous.is_finite, previous.stiffness, previous.num_gradients)))
     if checkpoint is None:
         kept, checkpoints = _Memory(like, num_draws), None
         if previous is not None:
-            done = _continue(previous, kernel, kept, num_draws, (num_warmup, num_burnin, thinning))
-            # Copied: they are donated.
-            states = jax.tree.map(jnp.copy, previous.state)
-            now = _Now(states, *(np.array(x) for x in (previous.is_finite, previous.stiffness, previous.num_gradients)))
-    elif previous is not None:
+            done = previous.num_steps
+            if previous.loss.shape[1]:
+                kept.append(named(previous.info, previous.collected))
+    elif previous is not None and previous.num_steps:
         raise InputError("previous and checkpoint are two ways to go on: give one of them")
     else:
         shapes = [(x.dtype.name, x.shape) for x in jax.tree.leaves(like)]
         settings = (shapes, num_chains, num_warmup, num_burnin, thinning, precision and (precision, check_every))
-        arrays = (key, _with_schedule(kernel), params, batches, collect)
+        start_states = () if previous is None else (previous.state,)
+        arrays = (key, _with_schedule(kernel), params, batches, collect, *start_states)
         checkpoints = Checkpoints(Path(checkpoint) / "state", fingerprint(arrays, *settings))
         found = checkpoints.restore(now)
         if found is None:
@@ -296,19 +302,15 @@ def _with_schedule(kernel: Kernel) -> tuple[Kernel, np.ndarray]:
     return kernel, step_sizes(kernel, 10**6)
 
 
-def _continue(previous: Draws, kernel: Kernel, kept: _Memory, num_draws: int, counts: tuple[int, int, int]) -> int:
-    """Take over what `previous` holds, and return how many steps that was."""
+def _check_previous(previous: Draws, kernel: Kernel, num_chains: int, num_draws: int, counts: tuple[int, int, int]) -> None:
     held, settings = previous.loss.shape, (previous.num_warmup, previous.num_burnin, previous.thinning)
-    if settings != counts or held[0] != kept.num_chains or held[1] > num_draws:
+    if (previous.num_steps and settings != counts) or held[0] != num_chains or held[1] > num_draws:
         raise InputError(
             f"previous holds {held[1]} draws of {held[0]} chains with (num_warmup, num_burnin, thinning) = {settings}: give "
             f"the same, and num_draws of at least {held[1]}"
         )
     if fingerprint(_with_schedule(previous.kernel)) != fingerprint(_with_schedule(kernel)):
         raise InputError("previous holds draws of another kernel, or of another target: give the kernel that made them")
-    if held[1]:
-        kept.append(named(previous.info, previous.collected))
-    return previous.num_steps
 
 
 def _is_precise(losses: Float[np.ndarray, "chain draw"], precision: float) -> bool:

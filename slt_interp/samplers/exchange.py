@@ -108,16 +108,24 @@ class ReplicaExchange:
 
         def one(arguments: tuple[Key[Array, ""], Array, tuple]) -> MetropolisState:
             key, rung, settings = arguments
-            kernel, draw = self._at(settings), self._draw(key, params)
+            kernel, draw = self.at(settings), self.draw(key, params)
             drawn, given = (kernel.init(key, start, batch) for start in (draw, self.target.position(params)))
             # No trajectory leads away from where the loss is infinite, and a start need not be typical.
             is_finite = jnp.isfinite(drawn.loss) & jnp.isfinite(dot(drawn.gradient, drawn.gradient))
             is_drawn = (rung == 0) | (jnp.asarray(self.from_base) & is_finite)
             return jax.tree.map(lambda a, b: jnp.where(is_drawn, a, b), drawn, given)
 
-        arguments = jax.random.split(key, num_rungs), jnp.arange(num_rungs), self._settings()
-        rungs = jax.lax.map(one, arguments)
-        return ExchangeState(rungs, jnp.arange(num_rungs), jnp.ones(num_rungs - 1), jnp.zeros((), int))
+        arguments = jax.random.split(key, num_rungs), jnp.arange(num_rungs), self.settings()
+        return self._first(jax.lax.map(one, arguments))
+
+    def init_at(self, key: Key[Array, ""], params: Params, batch: Batch) -> ExchangeState:
+        """Start every rung at weights of its own, (rung, ...)."""
+
+        def one(arguments: tuple[tuple, Params]) -> MetropolisState:
+            settings, start = arguments
+            return self.at(settings).init(key, start, batch)
+
+        return self._first(jax.lax.map(one, (self.settings(), params)))
 
     def adapt(self, key: Key[Array, ""], state: ExchangeState, batch: Batch) -> tuple[ExchangeState, Info]:
         """Make one transition of every rung, which adapts its step and metric, and swap."""
@@ -136,18 +144,18 @@ class ReplicaExchange:
 
         def move(arguments: tuple[Key[Array, ""], tuple, MetropolisState]) -> tuple[MetropolisState, Info, Params]:
             key, settings, rung = arguments
-            kernel = self._at(settings)
+            kernel = self.at(settings)
             moved, info = (kernel.adapt if adapting else kernel.step)(key, rung, batch)
             base = kernel.target.base.gradient(moved.params)
             return moved, info, jax.tree.map(lambda g, b: (g - b) / kernel.target.nbeta, moved.gradient, base)
 
-        settings = jax.tree.map(lambda x: x[1:], self._settings())
+        settings = jax.tree.map(lambda x: x[1:], self.settings())
         arguments = jax.random.split(move_key, num_rungs - 1), settings, others
         moved, info, slopes = self._map(move, arguments)
         # What is known of the lowest rung belongs to the state that was handed over, as everywhere.
         flat = replace(self.target, nbeta=0.0)
         first = inspect(flat, lowest.params, lowest.loss, lowest.gradient)._replace(acceptance=jnp.ones(()))
-        fresh = self._draw(base_key, lowest.params)
+        fresh = self.draw(base_key, lowest.params)
         loss, slope = jax.value_and_grad(self.target.loss)(fresh, batch)
         loss = jnp.where(jnp.isnan(loss), jnp.inf, loss)
         drawn = lowest._replace(params=fresh, loss=loss, gradient=flat.potential_gradient(fresh, slope))
@@ -180,15 +188,21 @@ class ReplicaExchange:
         rungs = state.rungs._replace(params=params, loss=loss[source], gradient=gradients)
         return ExchangeState(rungs, state.replica[source], probability, state.num_steps + 1)
 
-    def _settings(self) -> tuple[Real, Real, Params | Whitening | None]:
+    def _first(self, rungs: MetropolisState) -> ExchangeState:
+        num_rungs = jnp.size(self.target.nbeta)
+        return ExchangeState(rungs, jnp.arange(num_rungs), jnp.ones(num_rungs - 1), jnp.zeros((), int))
+
+    def settings(self) -> tuple[Real, Real, Params | Whitening | None]:
+        """Give what differs between rungs, for `at`: nbeta, step size and metric, (rung, ...)."""
         return jnp.asarray(self.target.nbeta), jnp.asarray(self.kernel.step_size), self.kernel.scale
 
-    def _at(self, settings: tuple[Real, Real, Params | Whitening | None]) -> HMC:
+    def at(self, settings: tuple[Real, Real, Params | Whitening | None]) -> HMC:
         """Make the kernel of one rung."""
         nbeta, step_size, scale = settings
         return replace(self.kernel, target=replace(self.target, nbeta=nbeta), step_size=step_size, scale=scale)
 
-    def _draw(self, key: Key[Array, ""], like: Params) -> Params:
+    def draw(self, key: Key[Array, ""], like: Params) -> Params:
+        """Draw weights of the base measure, of the structure and dtypes of `like`."""
         center = self.target.position(self.target.center)
         return self.target.hold(self.target.base.sample(key, self.target.position(like)), center)
 

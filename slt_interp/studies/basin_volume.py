@@ -31,7 +31,7 @@ def volume_by_two_routes(
     tempering: Mapping[str, int],
     progress: bool,
 ) -> dict[str, Any]:
-    """Estimate log volumes by one round of subset simulation, and by tempering at no more than the `num_tempered` largest.
+    """Estimate log volumes by one round of subset simulation, and by one of tempering at no more than the `num_tempered` largest.
 
     `subset` and `tempering` are settings of `subset_simulation` and `tempered_volume`. A route that cannot be gone is refused
     with its reason, as a threshold that is out of reach.
@@ -53,7 +53,7 @@ def volume_by_two_routes(
     return {
         "thresholds": thresholds,
         "subset": ask(partial(subset_simulation, max_rounds=1, **subset), subset_key, thresholds),
-        "tempering": ask(partial(tempered_volume, **tempering), ladder_key, thresholds[-num_tempered:])
+        "tempering": ask(partial(tempered_volume, max_rounds=1, **tempering), ladder_key, thresholds[-num_tempered:])
         if num_tempered
         else None,
     }

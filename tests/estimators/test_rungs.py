@@ -1,13 +1,15 @@
 """Where rungs belong, against what exact energies and a base measure in one dimension ask for."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from slt_interp import Gaussian, LocalPosterior, analytic, temper
+from slt_interp import HMC, Gaussian, LocalPosterior, analytic, temper
 from slt_interp.errors import InputError
 from slt_interp.estimators import rungs
 from slt_interp.estimators.rungs import Families, place_rungs
+from slt_interp.samplers.exchange import ReplicaExchange
 
 FIRST, TOP = 2.0, 2.0 * 3.0**6
 TRIPLED = np.concatenate([[0.0], FIRST * 3.0 ** np.arange(7)])
@@ -88,7 +90,7 @@ def test_base_at_which_the_loss_is_hardly_ever_finite_is_one_sentence(key):
 
 
 TINY = 0.03
-"""Far below the first rung, 20.7: pilot and ladder are the base, a third of this, and this."""
+"""Far below the first rung, 20.7: pilot and ladder are the base, and four rungs that triple up to this."""
 
 
 def _gradients(num_rungs, num_steps):
@@ -109,36 +111,63 @@ def runs(monkeypatch):
     return found
 
 
+def _quadratic_ladder(nbetas):
+    target = LocalPosterior(half_square, jnp.zeros(3), np.asarray(nbetas, np.float32), Gaussian(0.0, 1.0))
+    scale = 1 / np.sqrt(1 + np.repeat(np.asarray(nbetas, np.float32)[:, None], 3, axis=1))
+    return ReplicaExchange(HMC(target, np.full(len(nbetas), 0.7, np.float32), scale=scale))
+
+
+def test_draws_of_the_base_that_are_annealed_have_the_law_of_every_rung(key):
+    nbetas = np.array([0.0, 1.0, 4.0, 16.0, 64.0])
+    params = rungs._anneal(_quadratic_ladder(nbetas), jax.random.split(key, 400), jnp.zeros(3), None)
+    # 3/2 (1 + nbeta)^-1, and gamma distributed: 400 chains know it to sqrt(2/3) / 20 of it.
+    squares = np.sum(np.asarray(params, np.float64) ** 2, axis=-1)
+    np.testing.assert_allclose(np.mean(squares, axis=0) * (1 + nbetas) / 3, 1, atol=4 * np.sqrt(2 / 3) / 20)
+
+
+def test_chains_that_move_to_other_rungs_start_at_the_weights_of_the_nearest(key):
+    families = Families(jnp.zeros(3), None, num_chains=2, progress=False)
+    counts = {"num_draws": 3, "chunk_size": 3}
+    first = families.run(key, _quadratic_ladder([0.0, 1.0, 10.0]), **counts)
+    moved = rungs._moved(first[1], _quadratic_ladder([0.0, 0.5, 2.0, 4.0, 20.0]), None)
+    np.testing.assert_array_equal(moved.state.params, np.asarray(first[1].state.params)[:, [0, 1, 1, 2, 2]])
+    assert moved.num_steps == 0
+
+
 @pytest.mark.slow
 def test_ladder_beyond_the_budget_is_given_up_after_its_pilot(key, runs):
-    kernel, spent = place_rungs(key, _target(half_square, TINY), _families(), max_gradients=1)
+    kernel, _, spent = place_rungs(key, _target(half_square, TINY), _families(), max_gradients=1)
     assert kernel is None
     assert len(runs) == 1
-    assert spent == _gradients(3, 100 + 50)
+    assert spent == _gradients(5, 100 + 50)
 
 
 @pytest.mark.slow
-def test_top_below_the_first_rung_makes_a_ladder_of_two_above_the_base(key, runs):
-    kernel, spent = place_rungs(key, _target(half_square, TINY), _families())
+def test_top_below_the_first_rung_makes_a_ladder_of_four_above_the_base(key, runs):
+    kernel, _, spent = place_rungs(key, _target(half_square, TINY), _families())
     assert kernel is not None
     # Rounded to float32 once.
-    np.testing.assert_allclose(kernel.target.nbeta, [0, TINY / 3, TINY], rtol=float(np.finfo(np.float32).eps))
+    np.testing.assert_allclose(
+        kernel.target.nbeta, TINY * np.array([0, 1 / 27, 1 / 9, 1 / 3, 1]), rtol=float(np.finfo(np.float32).eps)
+    )
     steps = np.asarray(kernel.step_size)
-    assert steps.shape == (3,)
+    assert steps.shape == (5,)
     assert np.all((steps > 0) & (steps <= 1))
-    # A pilot and three trials; nothing is added between neighbors that nearly always swap.
-    assert len(runs) == 4
-    assert spent == _gradients(3, 100 + 50) + 3 * _gradients(3, 2 * 3 + 50)
-    assert spent == pytest.approx(sum(np.mean([draws.num_gradients for draws in pair]) for pair in runs))
+    # A pilot and two trials; nothing is added between neighbors that nearly always swap.
+    assert len(runs) == 3
+    # And half of the chains are annealed.
+    annealing = 8 * 4 * rungs._ANNEALING / 2
+    assert spent == _gradients(5, 100 + 50) + annealing + 2 * _gradients(5, 50)
+    assert spent == pytest.approx(annealing + sum(np.mean([draws.num_gradients for draws in pair]) for pair in runs))
 
 
 @pytest.mark.slow
 def test_a_ladder_leaves_of_the_budget_what_its_draws_need(key):
     found = []
-    for budget in (2_600, 6_000, 10_000, 15_000):
-        kernel, spent = place_rungs(key, _target(half_square, TINY), _families(), max_gradients=budget)
+    for budget in (5_000, 12_000, 20_000, 30_000):
+        kernel, _, spent = place_rungs(key, _target(half_square, TINY), _families(), max_gradients=budget)
         found.append(kernel is not None)
-        assert kernel is None or spent + _gradients(3, 3 * rungs.BURNIN_PER_RUNG + rungs.MIN_DRAWS) <= budget
+        assert kernel is None or spent + _gradients(5, 5 * rungs.BURNIN_PER_RUNG + rungs.MIN_DRAWS) <= budget
     assert found[0] is False
     assert found[-1] is True
 

@@ -1,6 +1,7 @@
 """The ladder against exact volumes, energies and partition functions."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +9,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from slt_interp import Box, Gaussian, temper
+from slt_interp import Box, Gaussian, LocalPosterior, temper
 from slt_interp.analytic import catalogue
 from slt_interp.errors import InputError
 from slt_interp.estimators.ladder import Ladder
 from slt_interp.estimators.llc import DO_NOT_TRUST, OK
+from slt_interp.estimators.tempering import _rounding, ladders
 
 EPS = np.array([1e-3, 1e-2, 1e-1])
 
@@ -88,7 +90,7 @@ def test_a_run_that_is_to_have_more_draws_goes_on(crossing, tmp_path):
     np.testing.assert_array_equal(whole.loss, ladder.loss)
 
 
-def _synthetic(shift=0.0, exchange=0.5, init_loss=0.0):
+def _synthetic(shift=0.0, exchange=0.5, init_loss=0.0, rounding=0.0):
     """A ladder of independent exact draws: a quadratic in 4 dimensions under N(0, 1)."""
     nbetas = np.concatenate([[0.0], np.geomspace(1.0, 100.0, 6)])
     loss = np.random.default_rng(0).gamma(2.0, 1 / (1 + nbetas)[:, None, None], (7, 8, 200))
@@ -105,12 +107,39 @@ def _synthetic(shift=0.0, exchange=0.5, init_loss=0.0):
         np.full(6, exchange),
         init_loss,
         0.0,
+        rounding,
         Gaussian(0.0, 1.0),
         4,
         None,
         0,
         0.0,
     )
+
+
+@pytest.mark.parametrize("offset", [0.5, 1e3])
+def test_rounding_of_a_loss_with_an_offset_is_that_of_its_floats(offset):
+    target = LocalPosterior(lambda w, batch: offset + 0.5 * jnp.sum(w**2), jnp.zeros(4), 1.0, Gaussian(0.0, 1.0))
+    params = 1e-2 * jax.random.normal(jax.random.key(0), (8, 4))
+    spacing = np.spacing(np.float32(offset))
+    # Uniform within a spacing; the bound takes the largest of its binade, and the sum is rounded, too.
+    assert spacing / np.sqrt(12) <= _rounding(target, params, None) <= 4 * spacing / np.sqrt(12)
+
+
+def test_rungs_that_rounding_reaches_give_no_coefficient():
+    # Six rungs up to 100 above the base, .01 / rounding below the second of them.
+    with pytest.raises(InputError, match="this ladder has 1 that the loss's rounding does not touch"):
+        _synthetic(rounding=5e-3).learning_coefficient()
+    ladder = _synthetic(rounding=1e-2)
+    assert np.all(ladder.llc_curve().std_error >= ladder.nbetas[1:] * 1e-2)
+
+
+@pytest.mark.slow
+def test_every_other_ladder_has_twice_the_draws_and_begins_with_those_before():
+    problem = catalogue()["monomial w1^4"]
+    settings = {"base": problem.base, "max_nbeta": 30.0, "num_chains": 4, "num_draws": 10, "progress": False}
+    first, second = itertools.islice(ladders(jax.random.key(0), problem.loss_fn, problem.center, None, **settings), 2)
+    assert second.loss.shape[2] == 20
+    np.testing.assert_array_equal(second.loss[:, :, :10], first.loss)
 
 
 def test_labels_split_a_volume_as_the_exact_law_does():
@@ -173,7 +202,7 @@ def test_learning_coefficient_needs_rungs_and_draws():
     whole = _synthetic()
     short = dataclasses.replace(whole, **{name: getattr(whole, name)[:4] for name in ("nbetas", "loss", "mean_loss")})
     with pytest.raises(
-        InputError, match="needs 4 rungs above the base, 4 chains and 10 draws, but this ladder has 3, 8 and 200"
+        InputError, match="needs 4 rungs above the base, 4 chains and 10 draws, but this ladder has 3 that .* touch, 8 and 200"
     ):
         short.learning_coefficient()
 

@@ -1,5 +1,6 @@
 """`sample`: the same numbers whatever the host loop does."""
 
+import dataclasses
 import functools
 import re
 import shutil
@@ -98,6 +99,22 @@ def test_run_that_goes_on_from_its_draws_equals_an_uninterrupted_one_bit_for_bit
     assert_same(run(key, previous=first, num_draws=12), first)
     # Burn-in alone is a start as well.
     assert_same(run(key, previous=run(key, num_draws=0)), whole)
+
+
+def test_chains_start_where_a_run_without_steps_stands_and_are_resumed_from_there(key, tmp_path):
+    ends = run(key, num_draws=4)
+    start = dataclasses.replace(
+        ends,
+        info=jax.tree.map(lambda x: x[:, :0], ends.info),
+        collected=jax.tree.map(lambda x: x[:, :0], ends.collected),
+        num_burnin=0,
+    )
+    whole = run(key, previous=start)
+    assert not np.array_equal(whole.loss, run(key).loss)
+    run(key, previous=start, num_draws=11, chunk_size=4, checkpoint=tmp_path / "run")
+    assert_same(whole, run(key, previous=start, checkpoint=tmp_path / "run"))
+    with pytest.raises(InputError, match="another run"):
+        run(key, checkpoint=tmp_path / "run")
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,14 @@ def test_lowest_rung_is_drawn_from_the_base_and_the_others_start_where_told():
     assert np.all(np.abs(drawn.params) <= 2)
 
 
+def test_every_rung_starts_at_weights_of_its_own():
+    kernel = _ladder(_well, Gaussian(0.5, 2.0), 2)
+    params = jnp.arange(10.0).reshape(5, 2) / 5
+    state = kernel.init_at(jax.random.key(0), params, None)
+    np.testing.assert_array_equal(state.params, params)
+    np.testing.assert_allclose(state.rungs.loss, jax.vmap(lambda w: _well(w, None))(params), rtol=1e-6)
+
+
 @pytest.mark.slow
 def test_numbers_do_not_depend_on_blocks_or_interruptions():
     run = jax.tree_util.Partial(
