@@ -31,7 +31,7 @@ def volume_by_two_routes(
     tempering: Mapping[str, int],
     progress: bool,
 ) -> dict[str, Any]:
-    """Estimate log volumes by one round of subset simulation, and by one of tempering at no more than the `num_tempered` largest.
+    """Estimate log volumes by a round of subset simulation, and by one of tempering at the `num_tempered` largest at most.
 
     `subset` and `tempering` are settings of `subset_simulation` and `tempered_volume`. A route that cannot be gone is refused
     with its reason, as a threshold that is out of reach.

@@ -202,7 +202,7 @@ def test_learning_coefficient_needs_rungs_and_draws():
     whole = _synthetic()
     short = dataclasses.replace(whole, **{name: getattr(whole, name)[:4] for name in ("nbetas", "loss", "mean_loss")})
     with pytest.raises(
-        InputError, match="needs 4 rungs above the base, 4 chains and 10 draws, but this ladder has 3 that .* touch, 8 and 200"
+        InputError, match=r"needs 4 rungs above the base, 4 chains and 10 draws, but this ladder has 3 that .* touch, 8 and 200"
     ):
         short.learning_coefficient()
 
