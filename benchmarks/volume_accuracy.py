@@ -52,6 +52,8 @@ class Config:
     """Names of the catalogue; by default all up to `max_dimension` whose base is not bounded and whose answer is known."""
     max_dimension: int = 20
     max_nbeta: float = 1e7
+    num_draws: int = 4000
+    """Of the ladders that coefficients are read from: fewer do not tell a multiplicity from a slow correction."""
 
 
 SMOKE = Config(
@@ -322,6 +324,7 @@ def _measure_coefficient(config: Config, name: str) -> tuple[dict[str, Any], dic
             problem.data,
             base=Gaussian(problem.center, 1.0),
             max_nbeta=config.max_nbeta,
+            num_draws=config.num_draws,
             progress=False,
         )
         row |= _read_coefficient(ladder, *truth) | {"num_gradients": ladder.gradients_per_chain * ladder.loss.shape[1]}
