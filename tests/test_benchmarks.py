@@ -265,7 +265,7 @@ def network_volume(monkeypatch):
 
 
 def test_agreement_of_volumes_is_read_where_both_have_a_number(network_volume):
-    row = {"base_scale": 0.1, "seed": 0, "std_error": 3.0}
+    row = {"base": "0.1", "seed": 0, "std_error": 3.0}
     rows = [
         row | {"method": method, "threshold": threshold, "log_volume": value}
         for method, threshold, value in [
@@ -279,6 +279,17 @@ def test_agreement_of_volumes_is_read_where_both_have_a_number(network_volume):
     (found,) = network_volume._agreement(rows)
     assert (found["threshold"], found["gap"]) == (0.5, -2.0)
     assert found["std_error"] == pytest.approx(np.sqrt(18.0))
+
+
+def test_the_base_of_initialization_has_the_scales_of_each_layers_inputs(network_volume):
+    params = {
+        "layers": {0: {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}, 1: {"kernel": jnp.ones((9, 2)), "bias": jnp.ones(2)}}
+    }
+    base = network_volume._base("init", params)
+    assert base.center == 0.0
+    assert {float(x) for x in base.scale["layers"][0]["kernel"].ravel()} == {0.5}
+    np.testing.assert_allclose(base.scale["layers"][1]["bias"], 1 / 3, rtol=1e-6)
+    assert base.scale["layers"][1]["kernel"].shape == (9, 2)
 
 
 @pytest.mark.slow
