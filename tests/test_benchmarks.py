@@ -282,9 +282,8 @@ def test_agreement_of_volumes_is_read_where_both_have_a_number(network_volume):
 
 
 def test_the_base_of_initialization_has_the_scales_of_each_layers_inputs(network_volume):
-    params = {
-        "layers": {0: {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}, 1: {"kernel": jnp.ones((9, 2)), "bias": jnp.ones(2)}}
-    }
+    shapes = {0: (4, 3), 1: (9, 2)}
+    params = {"layers": {i: {"kernel": np.ones(shape), "bias": np.ones(shape[1])} for i, shape in shapes.items()}}
     base = network_volume._base("init", params)
     assert base.center == 0.0
     assert {float(x) for x in base.scale["layers"][0]["kernel"].ravel()} == {0.5}
