@@ -64,6 +64,7 @@ class LogVolume:
         thresholds: above the loss at the weights, nats per example.
         log_volume, std_error: by weighted draws.
         family_gap: by how much chains from the base and from the weights differ, nats.
+        half_gap: by how much the first and the second half of the draws differ, nats.
         saddle_point: the same from energies alone, by inverting the partition function at its saddle point; it is good to about
             1 / (12 (1 + LLC)) nats.
     """
@@ -72,6 +73,7 @@ class LogVolume:
     log_volume: Float[np.ndarray, " threshold"]
     std_error: Float[np.ndarray, " threshold"]
     family_gap: Float[np.ndarray, " threshold"]
+    half_gap: Float[np.ndarray, " threshold"]
     saddle_point: Float[np.ndarray, " threshold"]
 
 
@@ -237,7 +239,11 @@ class Ladder:
                 f"hardly a draw at nbeta {self.nbetas[-1]:.4g} lies below the threshold {thresholds[0]:.3g}: raise max_nbeta"
             )
         levels = thresholds + self.init_loss - self.lowest_loss
-        values = [(*self._log_mass(self._losses <= level), self._saddle_point(level)) for level in levels]
+        inside = [self._losses <= level for level in levels]
+        values = [
+            (*self._log_mass(below), self._half_gap(below), self._saddle_point(level))
+            for level, below in zip(levels, inside, strict=True)
+        ]
         return LogVolume(thresholds, *np.array(values).T)
 
     def log_volume_by_label(
@@ -301,12 +307,20 @@ class Ladder:
         first, second = (series[chains].mean() for _, chains in self._families)
         return max(std_error(series), abs(first - second) / 2)
 
+    @cached_property
+    def _halves(self) -> list[tuple[Reweighting, slice]]:
+        middle = self.loss.shape[2] // 2
+        parts = slice(0, middle), slice(middle, None)
+        return [(Reweighting(self.nbetas, self._losses[:, :, part]), part) for part in parts]
+
     def _log_mass(self, inside: Bool[np.ndarray, "rung chain draw"]) -> tuple[float, float, float]:
         """Estimate the log mass of a set of draws, its standard error, and the difference between the families."""
         value, error = self._pooled.log_mass(inside)
-        first, second = (family.log_mass(inside[:, members])[0] for family, members in self._families)
-        gap = abs(first - second) if first > -np.inf or second > -np.inf else np.nan
+        gap = _gap(*(family.log_mass(inside[:, members])[0] for family, members in self._families))
         return value, max(error, gap / 2), gap
+
+    def _half_gap(self, inside: Bool[np.ndarray, "rung chain draw"]) -> float:
+        return _gap(*(half.log_mass(inside[:, :, part])[0] for half, part in self._halves))
 
     def _saddle_point(self, threshold: float) -> float:
         """Invert Z(s) / s at its saddle: log V = log Z + N eps - log N - log(2 pi (Var + 1 / N^2)) / 2."""
@@ -322,6 +336,11 @@ class Ladder:
         nbeta = float(np.exp(np.asarray(brentq(slope, low, high, xtol=1e-3))))
         log_z, _, variance = self._pooled.moments(nbeta)
         return log_z + nbeta * threshold - np.log(nbeta) - 0.5 * np.log(2 * np.pi * (variance + nbeta**-2))
+
+
+def _gap(first: float, second: float) -> float:
+    """Subtract log masses; NaN where both are of nothing."""
+    return abs(first - second) if first > -np.inf or second > -np.inf else np.nan
 
 
 _MIN_SHARE = 0.05

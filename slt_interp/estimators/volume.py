@@ -111,8 +111,8 @@ def tempered_volume(
 
     The first `num_draws` steps are doubled, in `max_rounds` at most, until the standard error of every threshold is at most
     `precision` nats, or a tenth of that times |log V| where that is larger; other arguments are those of `estimate_volume`.
-    No number is given for thresholds at which chains from the base and from the weights, or weighted draws and the saddle
-    point of the partition function, disagree by more than a nat or two, or where neighbors of the ladder hardly swap.
+    No number is given for thresholds at which chains from the base and from the weights, halves of the draws, or weighted draws
+    and the saddle point of the partition function disagree by more than a nat or two, or where neighbors hardly swap.
     """
     check_key(key)
     thresholds = check_thresholds(thresholds)
@@ -143,10 +143,11 @@ def tempered_volume(
         apart = np.abs(found.log_volume - found.saddle_point)
         limit = precision * np.maximum(1.0, np.abs(found.log_volume) / 10)
         # The error covers the difference between the families.
-        if np.all((found.std_error <= limit) & ~(apart > _MAX_SADDLE_GAP)):
+        if np.all((found.std_error <= limit) & ~(apart > _MAX_SADDLE_GAP) & ~(found.half_gap > _MAX_GAP)):
             break
     reasons = []
     far, uneven = ~(found.family_gap <= _MAX_GAP), ~(apart <= _MAX_SADDLE_GAP)
+    drifting = ~(found.half_gap <= _MAX_GAP)
     if not reached.all():
         reasons.append(
             f"hardly a draw at nbeta {max_nbeta:.3g} lies below thresholds up to {thresholds[~reached][-1]:.3g}: call "
@@ -162,7 +163,12 @@ def tempered_volume(
             f"weighted draws and the saddle point differ by up to {np.max(apart):.2g} nats, or there is none within the "
             "ladder: call temper(num_draws=..., max_nbeta=...) with more"
         )
-    refused = far | uneven | (ladder.exchange.min() < _MIN_EXCHANGE)
+    if drifting.any():
+        reasons.append(
+            f"the first and the second half of the draws differ by up to {found.half_gap.max():.2g} nats: chains are still on "
+            "their way; call tempered_volume(num_draws=...) with more"
+        )
+    refused = far | uneven | drifting | (ladder.exchange.min() < _MIN_EXCHANGE)
 
     def given(values: np.ndarray) -> np.ndarray:
         """Put values at the thresholds that were reached among all, without those that are refused."""

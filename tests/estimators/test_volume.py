@@ -7,6 +7,8 @@ from scipy import stats
 from slt_interp import analytic
 from slt_interp.bases import Ball, Box, FloatGrid, Gaussian
 from slt_interp.errors import InputError
+from slt_interp.estimators import volume
+from slt_interp.estimators.ladder import Ladder
 from slt_interp.estimators.volume import _coldest, behavioral_kl, estimate_volume
 from slt_interp.models.mlp import MLP
 from slt_interp.posterior import LocalPosterior, check_target
@@ -170,3 +172,49 @@ def test_thresholds_within_rounding_of_the_loss_are_named(key):
 def test_float_grid_is_no_base_of_a_posterior():
     with pytest.raises(InputError, match="counts numbers and has no density"):
         check_target(LocalPosterior(quadratic, PARAMS, 1.0, FloatGrid("float16", 1.0)), PARAMS, None)
+
+
+def _exact_ladder(num_draws, late=1.0):
+    """Independent exact draws of a quadratic in 4 dimensions under N(0, 1); late losses are `late` times as large."""
+    nbetas = np.concatenate([[0.0], np.geomspace(1.0, 1000.0, 8)])
+    loss = np.random.default_rng(0).gamma(2.0, 1 / (1 + nbetas)[:, None, None], (9, 8, num_draws))
+    loss[1:, :, num_draws // 2 :] *= late
+    shared = {"mean_loss": loss, "squared_distance": loss, "replica": np.zeros(loss.shape, int), "exchange": np.full(8, 0.4)}
+    counts = {"dimension": 4, "params": None, "num_lost": 0, "gradients_per_chain": 1.0}
+    losses = {"init_loss": 0.0, "lowest_loss": 0.0, "rounding": 0.0}
+    return Ladder(nbetas, loss, is_from_base=np.arange(8) < 4, base=Gaussian(0.0, 1.0), **shared, **counts, **losses)
+
+
+@pytest.fixture
+def read_from(key, monkeypatch):
+    """Read the volumes of given ladders, as `tempered_volume` does in rounds."""
+
+    def read(ladders, **settings):
+        monkeypatch.setattr(volume, "_coldest", lambda *_: (1000.0, 0.0))
+        monkeypatch.setattr(volume, "ladders", lambda *_, **__: iter(ladders))
+        return volume.tempered_volume(
+            key, lambda w, batch: 0.0, jnp.zeros(4), None, [0.01, 0.1], base=Gaussian(0.0, 1.0), **settings
+        )
+
+    return read
+
+
+def test_no_number_is_given_where_halves_of_the_draws_differ(read_from):
+    found = read_from([_exact_ladder(100, late=4.0)], max_rounds=1)
+    assert np.all(np.isnan(found.log_volume))
+    assert found.status == "refused"
+    assert any("the first and the second half of the draws differ" in warning for warning in found.warnings)
+
+
+def test_rounds_end_when_errors_are_small_or_rounds_are_spent(read_from):
+    # V(eps) = 1 - exp(-eps) (1 + eps) for the sum of two exponentials.
+    exact = [np.log(-np.expm1(-eps) - eps * np.exp(-eps)) for eps in (0.01, 0.1)]
+    ladders = [_exact_ladder(num_draws) for num_draws in (50, 100, 200, 400)]
+    errors = [read_from([ladder], max_rounds=1).std_error.max() for ladder in ladders]
+    for precision in (10.0, 1.001 * errors[2], 1e-6):
+        # |log V| is below 10: the precision is in nats.
+        enough = next((i for i, error in enumerate(errors) if error <= precision), len(errors) - 1)
+        found = read_from(ladders, precision=precision)
+        assert found.std_error.max() == errors[enough]
+        assert np.all(np.abs(found.log_volume - exact) < 4 * found.std_error)
+    assert read_from(ladders, precision=1e-6, max_rounds=2).std_error.max() == errors[1]
