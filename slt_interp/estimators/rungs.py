@@ -2,8 +2,8 @@
 
 A pilot on rungs that triple nbeta learns each rung's metric and how widely nbeta L scatters there. The ladder proper has a rung
 wherever the scatter, integrated over log nbeta, has grown by a fixed amount: neighbors then swap equally often. The family from
-the base is annealed: taken down from rung to rung. Trial runs settle the steps, and put rungs between neighbors that hardly
-swap. All go on from where the last one ended.
+the base is annealed. Trial runs settle the steps, and put rungs between neighbors that hardly swap. All go on from where the
+last one ended.
 """
 
 from collections.abc import Callable
@@ -19,12 +19,13 @@ from jaxtyping import Array, Float, Int, Key
 
 from slt_interp.data import Batch, FullBatch
 from slt_interp.errors import InputError
+from slt_interp.estimators.annealing import ANNEALING, annealed
 from slt_interp.estimators.llc import Energy
 from slt_interp.posterior import LocalPosterior
 from slt_interp.samplers.chains import chain_mesh, choose_block_size, sample
 from slt_interp.samplers.draws import Draws
 from slt_interp.samplers.exchange import ExchangeState, ReplicaExchange, RungReadings, keep_rungs
-from slt_interp.samplers.hamiltonian import MetropolisState, learned_metric, learned_scale, needs_directions
+from slt_interp.samplers.hamiltonian import learned_metric, learned_scale, needs_directions
 from slt_interp.samplers.hmc import HMC
 from slt_interp.samplers.kernel import Info
 from slt_interp.tree import Params, dimension
@@ -163,7 +164,7 @@ def place_rungs(
     kernel = _kernel(target, pilot, _spaced(pilot, tripled))
     count = np.size(kernel.target.nbeta)
     # Of both families together: one of them is annealed.
-    steps = _ANNEALING / 2 + _NUM_TRIALS * CHUNK + BURNIN_PER_RUNG * count + MIN_DRAWS
+    steps = ANNEALING / 2 + _NUM_TRIALS * CHUNK + BURNIN_PER_RUNG * count + MIN_DRAWS
     if spent + kernel.kernel.num_leapfrog * count * steps > max_gradients:
         return None, runs, spent
     if count > _MAX_RUNGS:
@@ -172,8 +173,8 @@ def place_rungs(
             "energies differ widely between chains, as where there are several minima; narrow the base measure, or end at a "
             "smaller nbeta"
         )
-    runs = _annealed(anneal_key, kernel, runs[0], families), runs[1]
-    spent += kernel.kernel.num_leapfrog * (count - 1) * _ANNEALING / 2
+    runs = annealed(anneal_key, kernel, runs[0], families.params, families.data), runs[1]
+    spent += kernel.kernel.num_leapfrog * (count - 1) * ANNEALING / 2
     for attempt in range(_NUM_TRIALS):
         nbetas = np.asarray(kernel.target.nbeta, np.float64)
         folder = checkpoint and checkpoint / f"trial-{attempt}"
@@ -208,9 +209,6 @@ _UNSETTLED = 20.0
 """Both families together scatter at most by this factor more (in squares) than the lesser one, or one has not settled."""
 
 _PILOT_WARMUP = 100
-
-_ANNEALING = 200
-"""Steps at each rung on the way down: a ladder's own swaps take thousands to bring a replica there."""
 
 _NUM_TRIALS = 3
 REJECTED = 0.11
@@ -380,43 +378,6 @@ def _moved(draws: Draws, kernel: ReplicaExchange, data: Batch) -> Draws:
     return Draws(
         jax.tree.map(lambda x: x[:, :0], draws.info), None, np.asarray(draws.is_finite), none, none, state, kernel, 0, 0, 1
     )
-
-
-def _annealed(key: Key[Array, ""], kernel: ReplicaExchange, draws: Draws, families: Families) -> Draws:
-    """Take draws of the base down the rungs one after the other, and leave where they end at each for the chains to go on from.
-
-    Chains that start at cold rungs from where the base is fall into the next valley, and stay there.
-    """
-    keys = jax.random.split(key, len(draws.is_finite))
-    params = _anneal(kernel, keys, families.params, families.data)
-    state = draws.state._replace(rungs=draws.state.rungs._replace(params=params))
-    return replace(draws, state=state, kernel=kernel)
-
-
-@jax.jit
-def _anneal(kernel: ReplicaExchange, keys: Key[Array, " chain"], params: Params, data: Batch) -> Params:
-    """Make `_ANNEALING` steps at each rung, from where those at the rung above it ended; (chain, rung, ...)."""
-
-    def down(position: Params, arguments: tuple) -> tuple[Params, Params]:
-        key, settings = arguments
-        rung = kernel.at(settings)
-        step_key, init_key = jax.random.split(key)
-        state = rung.init(init_key, position, data)
-
-        def step(i: Array, state: MetropolisState) -> MetropolisState:
-            return rung.step(jax.random.fold_in(step_key, i), state, data)[0]
-
-        position = jax.lax.fori_loop(0, _ANNEALING, step, state).params
-        return position, position
-
-    def one(key: Key[Array, ""]) -> Params:
-        base_key, rung_key = jax.random.split(key)
-        first = kernel.draw(base_key, params)
-        settings = jax.tree.map(lambda x: x[1:], kernel.settings())
-        rungs = jax.lax.scan(down, first, (jax.random.split(rung_key, len(settings[0])), settings))[1]
-        return jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first, rungs)
-
-    return jax.lax.map(one, keys)
 
 
 @jax.jit

@@ -1,6 +1,5 @@
 """Where rungs belong, against what exact energies and a base measure in one dimension ask for."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -117,14 +116,6 @@ def _quadratic_ladder(nbetas):
     return ReplicaExchange(HMC(target, np.full(len(nbetas), 0.7, np.float32), scale=scale))
 
 
-def test_draws_of_the_base_that_are_annealed_have_the_law_of_every_rung(key):
-    nbetas = np.array([0.0, 1.0, 4.0, 16.0, 64.0])
-    params = rungs._anneal(_quadratic_ladder(nbetas), jax.random.split(key, 400), jnp.zeros(3), None)
-    # 3/2 (1 + nbeta)^-1, and gamma distributed: 400 chains know it to sqrt(2/3) / 20 of it.
-    squares = np.sum(np.asarray(params, np.float64) ** 2, axis=-1)
-    np.testing.assert_allclose(np.mean(squares, axis=0) * (1 + nbetas) / 3, 1, atol=4 * np.sqrt(2 / 3) / 20)
-
-
 def test_chains_that_move_to_other_rungs_start_at_the_weights_of_the_nearest(key):
     families = Families(jnp.zeros(3), None, num_chains=2, progress=False)
     counts = {"num_draws": 3, "chunk_size": 3}
@@ -156,7 +147,7 @@ def test_top_below_the_first_rung_makes_a_ladder_of_four_above_the_base(key, run
     # A pilot and two trials; nothing is added between neighbors that nearly always swap.
     assert len(runs) == 3
     # And half of the chains are annealed.
-    annealing = 8 * 4 * rungs._ANNEALING / 2
+    annealing = 8 * 4 * rungs.ANNEALING / 2
     assert spent == _gradients(5, 100 + 50) + annealing + 2 * _gradients(5, 50)
     assert spent == pytest.approx(annealing + sum(np.mean([draws.num_gradients for draws in pair]) for pair in runs))
 
@@ -164,7 +155,7 @@ def test_top_below_the_first_rung_makes_a_ladder_of_four_above_the_base(key, run
 @pytest.mark.slow
 def test_a_ladder_leaves_of_the_budget_what_its_draws_need(key):
     found = []
-    for budget in (5_000, 12_000, 20_000, 30_000):
+    for budget in (5_000, 12_000, 25_000, 40_000):
         kernel, _, spent = place_rungs(key, _target(half_square, TINY), _families(), max_gradients=budget)
         found.append(kernel is not None)
         assert kernel is None or spent + _gradients(5, 5 * rungs.BURNIN_PER_RUNG + rungs.MIN_DRAWS) <= budget
