@@ -20,6 +20,9 @@ from slt_interp.tree import register_dataclass
 Batch = PyTree[Array] | None
 """A pytree of arrays with a leading example axis, or None for losses without data."""
 
+MAX_FULL_BATCH, BATCH_SIZE = 8192, 512
+"""Where nothing else is asked for, more examples than 8,192 are sampled in minibatches of 512."""
+
 
 @partial(register_dataclass, data_fields=["data"], meta_fields=["size", "replace"])
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from slt_interp.bases import BASES
 from slt_interp.curvature.spectrum import Spectrum, estimate_spectrum
-from slt_interp.data import Batch, FullBatch, Minibatches, num_examples
+from slt_interp.data import BATCH_SIZE, MAX_FULL_BATCH, Batch, FullBatch, Minibatches, num_examples
 from slt_interp.errors import InputError
 from slt_interp.estimators.calibration import (
     customary_nbeta,
@@ -106,10 +106,10 @@ def estimate_llc(
     init_loss, _ = mean_loss(loss_fn, params, data)
     if not np.isfinite(init_loss):
         raise InputError(f"the loss is not finite at params, but {init_loss}: check loss_fn there")
-    is_small = count is None or count <= _MAX_FULL_BATCH
+    is_small = count is None or count <= MAX_FULL_BATCH
     spectrum, notes = None, []
     if mask is None and not isinstance(target.localization, BASES):
-        seen = data if is_small else Minibatches(data, _MAX_FULL_BATCH)(keys["batch"])
+        seen = data if is_small else Minibatches(data, MAX_FULL_BATCH)(keys["batch"])
         sizes = {"num_matvecs": min(_MATVECS, dimension(params)), "num_probes": min(_PROBES, dimension(params))}
         spectrum = estimate_spectrum(keys["spectrum"], loss_fn, params, seen, **sizes)
         if localization is None:
@@ -118,7 +118,7 @@ def estimate_llc(
             notes = [window.note] if window.note else []
     chosen = None if kernel is None else kernel(target)
     is_full = is_small or (chosen is not None and chosen.full_batch)
-    batches = FullBatch(data) if is_full else Minibatches(data, _BATCH_SIZE)
+    batches = FullBatch(data) if is_full else Minibatches(data, BATCH_SIZE)
     run = partial(sample, params=params, batches=batches, num_chains=num_chains, mesh=chain_mesh(num_chains), progress=progress)
     rounds = partial(in_rounds, init_loss=init_loss, precision=precision, is_full=is_full)
     if chosen is not None:
@@ -153,9 +153,6 @@ def estimate_llc(
     estimate = _with_error_limit(estimate)
     return replace(estimate, warnings=(*estimate.warnings, *notes))
 
-
-_MAX_FULL_BATCH = 8192
-_BATCH_SIZE = 512
 
 _MATVECS, _PROBES = 64, 2
 

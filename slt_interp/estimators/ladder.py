@@ -98,6 +98,7 @@ class Ladder:
         num_lost: chains that became non-finite and are left out.
         gradients_per_chain: all gradients that a chain took.
         labels: of the draws, if `temper` was given any.
+        step_bias: what discretization is predicted to add to the energy of each rung; None for Metropolis kernels: nothing.
     """
 
     nbetas: Float[np.ndarray, " rung"]
@@ -116,6 +117,7 @@ class Ladder:
     num_lost: int
     gradients_per_chain: float
     labels: Int[np.ndarray, "rung chain draw"] | None = None
+    step_bias: Float[np.ndarray, " rung"] | None = None
 
     def __str__(self) -> str:
         num_rungs, num_chains, num_draws = self.loss.shape
@@ -177,12 +179,14 @@ class Ladder:
         deviation = nbetas * (self.loss[1:] - self.loss[1:].mean(axis=(1, 2), keepdims=True))
         values = [(x.mean(axis=(1, 2)), np.array([self._error(rung) for rung in x])) for x in (energy, deviation**2)]
         llc, std_error = values[0]
-        return LLCCurve(self.nbetas[1:], llc, np.maximum(std_error, self.nbetas[1:] * self.rounding), *values[1])
+        known = np.maximum(self.nbetas[1:] * self.rounding, np.abs(self._biases[0][1:]))
+        return LLCCurve(self.nbetas[1:], llc, np.hypot(std_error, known), *values[1])
 
     def log_partition(self) -> LogPartition:
         """Estimate log Z of every rung by MBAR; standard errors include the difference between the families."""
         log_z, error = self._pooled.log_partition()
-        return LogPartition(self.nbetas, log_z, np.maximum(error, np.abs(self._family_gaps[0]) / 2))
+        error = np.maximum(error, np.abs(self._family_gaps[0]) / 2)
+        return LogPartition(self.nbetas, log_z, np.hypot(error, self._biases[1]))
 
     def learning_coefficient(self) -> LearningCoefficient:
         """Estimate the learning coefficient for each multiplicity from energies and log Z; see `fit_coefficient`.
@@ -213,11 +217,12 @@ class Ladder:
         covariance = samples.T @ samples * num_samples / (num_samples - num_readings - 2)
         first, second = (energy[:, chains].mean(axis=(1, 2)) for _, chains in self._families)
         gap = np.concatenate([first - second, -np.diff(self._family_gaps[0][picked])])
+        bias = np.concatenate([self._biases[0][picked], np.diff(self._biases[1][picked])])
         found = fit_coefficient(
             np.log(self.nbetas[picked]),
             means,
             np.diff(self._pooled.free_energies[picked]),
-            covariance + np.outer(gap, gap) / 4,
+            covariance + np.outer(gap, gap) / 4 + np.outer(bias, bias),
             min(MAX_MULTIPLICITY, self.dimension),
         )
         return replace(found, warnings=(*found.warnings, *self.warnings))
@@ -289,6 +294,15 @@ class Ladder:
         return self.loss - self.lowest_loss
 
     @cached_property
+    def _biases(self) -> tuple[Float[np.ndarray, " rung"], Float[np.ndarray, " rung"]]:
+        """Tell what discretization adds to energies, and to -log Z: its integral over log nbeta, by trapezoids."""
+        if self.step_bias is None:
+            return np.zeros(len(self.nbetas)), np.zeros(len(self.nbetas))
+        steps = np.diff(np.log(self.nbetas[1:])) * (self.step_bias[1:-1] + self.step_bias[2:]) / 2
+        # Up to the first rung the energy is in proportion to nbeta at most.
+        return self.step_bias, np.concatenate([[0.0], np.cumsum([self.step_bias[1], *steps])])
+
+    @cached_property
     def _pooled(self) -> Reweighting:
         return Reweighting(self.nbetas, self._losses)
 
@@ -317,7 +331,8 @@ class Ladder:
         """Estimate the log mass of a set of draws, its standard error, and the difference between the families."""
         value, error = self._pooled.log_mass(inside)
         gap = _gap(*(family.log_mass(inside[:, members])[0] for family, members in self._families))
-        return value, max(error, gap / 2), gap
+        # What energies are too large by, log Z at the coldest rung is too small by; a mass is between all of it and none.
+        return value, float(np.hypot(max(error, gap / 2), self._biases[1][-1])), gap
 
     def _half_gap(self, inside: Bool[np.ndarray, "rung chain draw"]) -> float:
         return _gap(*(half.log_mass(inside[:, :, part])[0] for half, part in self._halves))

@@ -158,8 +158,8 @@ def place_rungs(
     """
     base_key, pilot_key, anneal_key, trial_key = jax.random.split(key, 4)
     top = float(np.asarray(target.nbeta))
-    first = min(_first_rung(base_key, target, families, top), top / _GROWTH**3)
-    tripled = np.concatenate([[0.0], np.geomspace(first, top, 1 + int(np.ceil(np.log(top / first) / np.log(_GROWTH) - 1e-6)))])
+    first = min(first_rung(base_key, target, families.params, families.data, top), top / GROWTH**3)
+    tripled = np.concatenate([[0.0], np.geomspace(first, top, 1 + int(np.ceil(np.log(top / first) / np.log(GROWTH) - 1e-6)))])
     pilot, runs, spent = _pilot(pilot_key, target, families, tripled, checkpoint and checkpoint / "pilot")
     kernel = _kernel(target, pilot, _spaced(pilot, tripled))
     count = np.size(kernel.target.nbeta)
@@ -167,9 +167,9 @@ def place_rungs(
     steps = ANNEALING / 2 + _NUM_TRIALS * CHUNK + BURNIN_PER_RUNG * count + MIN_DRAWS
     if spent + kernel.kernel.num_leapfrog * count * steps > max_gradients:
         return None, runs, spent
-    if count > _MAX_RUNGS:
+    if count > MAX_RUNGS:
         raise InputError(
-            f"a ladder up to nbeta {top:.3g} would need {count:,} rungs, and at most {_MAX_RUNGS} are run: at cold rungs "
+            f"a ladder up to nbeta {top:.3g} would need {count:,} rungs, and at most {MAX_RUNGS} are run: at cold rungs "
             "energies differ widely between chains, as where there are several minima; narrow the base measure, or end at a "
             "smaller nbeta"
         )
@@ -196,13 +196,13 @@ def place_rungs(
     return kernel, runs, spent
 
 
-_GROWTH = 3.0
-_SCATTER = 1.4
+GROWTH = 3.0
+SCATTER = 1.4
 """Standard deviations of nbeta L between neighbors: a third of the swaps succeed."""
 
 _BASE_DRAWS, _FIRST_ESS = 1024, 0.3
 
-_MAX_RUNGS = 400
+MAX_RUNGS = 400
 """The cost of a ladder grows with the square of its rungs; a hundred directions over a dozen e-folds need a hundred."""
 
 _UNSETTLED = 20.0
@@ -237,9 +237,9 @@ class _PilotReadings(NamedTuple):
     gradient: Params | None
 
 
-def _first_rung(key: Key[Array, ""], target: LocalPosterior, families: Families, top: float) -> float:
+def first_rung(key: Key[Array, ""], target: LocalPosterior, params: Params, data: Batch, top: float) -> float:
     """Find the nbeta at which draws of the base, reweighted, are worth 0.3 times their number."""
-    losses = np.asarray(_base_losses(target, families.params, families.data, jax.random.split(key, _BASE_DRAWS)), np.float64)
+    losses = np.asarray(_base_losses(target, params, data, jax.random.split(key, _BASE_DRAWS)), np.float64)
     losses = losses[np.isfinite(losses)]
     if len(losses) < _BASE_DRAWS / 100:
         raise InputError(
@@ -347,7 +347,7 @@ def _spaced(pilot: _Pilot, nbetas: np.ndarray) -> Float[np.ndarray, " rung"]:
     fall = -np.diff(pilot.mean[1:]) / np.diff(logs)
     between = np.sqrt(np.maximum(fall * np.sqrt(nbetas[1:-1] * nbetas[2:]), 0.0))
     scatter = np.maximum((np.sqrt(heat[1:]) + np.sqrt(heat[:-1])) / 2, between)
-    density = np.maximum(scatter / _SCATTER, 1 / np.log(_GROWTH))
+    density = np.maximum(scatter / SCATTER, 1 / np.log(GROWTH))
     reached = np.concatenate([[0.0], np.cumsum(density * np.diff(logs))])
     count = 1 + max(1, int(np.ceil(reached[-1] - 1e-6)))
     inner = np.exp(np.interp(np.linspace(0, reached[-1], count), reached, logs))

@@ -5,6 +5,7 @@ the trained weights, run on them and never meet.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -13,9 +14,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from slt_interp.bases import BASES, Base
-from slt_interp.data import Batch
+from slt_interp.data import MAX_FULL_BATCH, Batch, mean_over_blocks
 from slt_interp.errors import InputError
 from slt_interp.estimators.ladder import Ladder
+from slt_interp.estimators.minibatch_ladder import minibatch_ladder
 from slt_interp.estimators.rungs import BURNIN_PER_RUNG, Families, joined, place_rungs
 from slt_interp.estimators.volume_estimate import check_labels
 from slt_interp.posterior import LocalPosterior, LossFn, check_target
@@ -41,8 +43,12 @@ def temper(
 ) -> Ladder:
     """Sample exp(-nbeta L) base(w) at rungs from nbeta = 0 to `max_nbeta`, by HMC with replica exchange on all data.
 
-    Costs about 8 gradients per chain, rung and step: a pilot of 150 steps on fewer rungs, 200 steps in which half of the chains
-    are annealed from the base to the coldest rung, trials of 100 to 150 steps, and two for each rung before any draw is kept.
+    On more than 8,192 examples rungs are run one after the other by SGLD on minibatches of 512, with a control variate and
+    without swaps; errors then cover what its step is predicted to add (see `minibatch_ladder` for the cost).
+
+    HMC costs about 8 gradients per chain, rung and step: a pilot of 150 steps on fewer rungs, 200 steps in which half of the
+    chains are annealed from the base to the coldest rung, trials of 100 to 150 steps, and two for each rung before any draw
+    is kept.
 
     Args:
         key: typed PRNG key.
@@ -120,11 +126,24 @@ def ladders(
     check_target(target, params, data)
     if labels is not None:
         check_labels(labels, target.position(params))
-    # The whole loss, as the chains see it: it need not be a mean over examples.
-    init_loss = float(target.loss(target.position(params), data))
+    lengths = {x.shape[0] if np.ndim(x) else 0 for x in jax.tree.leaves(data)}
+    is_large = len(lengths) == 1 and max(lengths) > MAX_FULL_BATCH
+    # The whole loss, as the chains see it: without minibatches it need not be a mean over examples.
+    whole = partial(target.loss, target.position(params))
+    init_loss = float(mean_over_blocks(whole, data, MAX_FULL_BATCH if is_large else None))
     if not np.isfinite(init_loss):
         raise InputError(f"the loss is not finite at params, but {init_loss}: check loss_fn there")
     place_key, run_key = jax.random.split(key)
+    if is_large:
+        if checkpoint is not None:
+            raise InputError(
+                f"a ladder on more than {MAX_FULL_BATCH:,} examples runs on minibatches, and keeps no checkpoint: leave it "
+                "out, or give fewer examples"
+            )
+        settings = {"num_chains": num_chains, "keep_params": keep_params, "labels": labels, "progress": progress}
+        while True:
+            yield minibatch_ladder(run_key, target, params, data, init_loss, num_draws=num_draws, **settings)
+            num_draws *= 2
     families = Families(params, data, num_chains // 2, progress)
     folder = None if checkpoint is None else Path(checkpoint)
     kernel, starts, spent = place_rungs(place_key, target, families, folder)

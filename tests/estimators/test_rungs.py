@@ -66,7 +66,7 @@ def test_first_rung_is_where_draws_of_the_base_are_worth_the_share(key):
     share = rungs._FIRST_ESS
     exact = max(np.roots([share**2, 2 * share**2 - 2, share**2 - 1]))
     assert exact == pytest.approx(20.71, abs=0.005)
-    found = rungs._first_rung(key, _target(half_square, 1e6), _families(), 1e6)
+    found = rungs.first_rung(key, _target(half_square, 1e6), jnp.zeros(1), None, 1e6)
     # Delta method: log share is off by the mean of 2 x / m_1 - x^2 / m_2 over draws x = exp(-N w^2 / 2), log N by that over
     # the slope N / (1 + 2N) - N / (1 + N) = -.466: .087 for 1024 draws.
     one, two, three, four = (1 + np.arange(1, 5) * exact) ** -0.5
@@ -76,7 +76,7 @@ def test_first_rung_is_where_draws_of_the_base_are_worth_the_share(key):
 
 
 def test_first_rung_is_at_most_the_top(key):
-    assert rungs._first_rung(key, _target(half_square, 0.03), _families(), 0.03) == 0.03
+    assert rungs.first_rung(key, _target(half_square, 0.03), jnp.zeros(1), None, 0.03) == 0.03
 
 
 def test_base_at_which_the_loss_is_hardly_ever_finite_is_one_sentence(key):

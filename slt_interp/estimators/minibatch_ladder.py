@@ -1,0 +1,169 @@
+"""A ladder of temperatures on data that are too many for every step: SGLD on minibatches, one rung after the other.
+
+No swap can be decided without the loss on all data, so that rungs are run by themselves, from the base downward. One family of
+chains starts at each rung where it ended on the last, at first at draws of the base; the other at the trained weights. The loss
+on all data is computed for the draws that are kept, and everything is read from these as where neighbors swap. What SGLD's step
+adds to energies is predicted, and part of every error.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from slt_interp.data import BATCH_SIZE, MAX_FULL_BATCH, Batch, Minibatches, mean_over_blocks, num_examples
+from slt_interp.errors import InputError
+from slt_interp.estimators.calibration import predicted_step_bias, settled_step_size
+from slt_interp.estimators.ladder import Ladder
+from slt_interp.estimators.rungs import GROWTH, MAX_RUNGS, SCATTER, first_rung
+from slt_interp.posterior import LocalPosterior
+from slt_interp.samplers.chains import chain_mesh, sample
+from slt_interp.samplers.draws import Draws
+from slt_interp.samplers.kernel import Info
+from slt_interp.samplers.sgld import SGLD, SGLDState
+from slt_interp.tree import Params, dimension, dot
+
+
+class Reading(NamedTuple):
+    """What is kept of a draw: the loss on all data, |w - w*|^2, and weights and label if they are wanted."""
+
+    loss: Float[Array, ""]
+    squared_distance: Float[Array, ""]
+    params: Params | None
+    labels: Int[Array, ""] | None
+
+
+def minibatch_ladder(
+    key: Key[Array, ""],
+    target: LocalPosterior,
+    params: Params,
+    data: Batch,
+    init_loss: float,
+    *,
+    num_chains: int,
+    num_draws: int,
+    keep_params: bool,
+    labels: Callable[[Params], Int[Array, ""]] | None,
+    progress: bool,
+) -> Ladder:
+    """Sample rungs up to the nbeta of `target` by SGLD with a control variate; see `temper` for what is the same.
+
+    A draw takes as many steps as use half of the data, and its loss all of them once; a quarter as many as are kept come before
+    the first. The next rung lies 1.4 standard deviations of nbeta L further, and triples nbeta at most.
+
+    Raises:
+        InputError: if the rungs become more than 400.
+
+    References:
+        Baker et al. (2019), Control variates for stochastic gradient MCMC, arXiv:1706.05439.
+    """
+    first_key, base_key, *keys = jax.random.split(key, 2 + MAX_RUNGS)
+    top, half = float(np.asarray(target.nbeta)), num_chains // 2
+    batches, position = Minibatches(data, BATCH_SIZE), target.position(params)
+    collect = jax.tree_util.Partial(_Read(keep_params, labels), target, data)
+    run = partial(
+        sample,
+        params=params,
+        batches=batches,
+        num_chains=half,
+        num_draws=num_draws,
+        thinning=-(-num_examples(data) // (2 * BATCH_SIZE)),
+        collect=collect,
+        mesh=chain_mesh(half),
+        progress=progress,
+    )
+    drawn = _base_draws(target, position, jax.random.split(base_key, num_chains * num_draws))
+    found = [jax.tree.map(lambda x: np.asarray(x).reshape(num_chains, num_draws, *x.shape[1:]), _read_all(collect, drawn))]
+    seen = Minibatches(data, MAX_FULL_BATCH)(first_key)
+    nbeta = min(first_rung(first_key, target, params, seen, top), top / GROWTH**3)
+    nbetas, biases, gradients, is_finite = [0.0], [0.0], 0.0, np.ones(num_chains, bool)
+    starts = jax.tree.map(lambda x: x.reshape(num_chains, num_draws, *x.shape[1:])[:half, 0], drawn)
+    controlled = target.with_control_variate(data)
+    while nbetas[-1] < top:
+        if len(nbetas) > MAX_RUNGS:
+            raise InputError(
+                f"more than {MAX_RUNGS} rungs reach nbeta {nbeta:.3g} only, of {top:.3g}: narrow the base measure, or end at a "
+                "smaller nbeta"
+            )
+        step_key, bias_key, batch_key, *run_keys = jax.random.split(keys[len(nbetas) - 1], 5)
+        rung = replace(controlled, nbeta=nbeta)
+        kernel = SGLD(rung, settled_step_size(step_key, rung, params, batches))
+        center = jax.tree.map(lambda w: jnp.broadcast_to(w, (half, *w.shape)), position)
+        runs = [
+            _run_from(run, run_key, kernel, start, num_burnin=num_draws // 4 * run.keywords["thinning"])
+            for run_key, start in zip(run_keys, (starts, center), strict=True)
+        ]
+        starts = runs[0].state.params
+        ends = jax.tree.map(lambda *x: jnp.concatenate(x), *(draws.state.params for draws in runs))
+        biases.append(predicted_step_bias(bias_key, rung, kernel.step_size, ends, batches(batch_key)))
+        nbetas.append(nbeta)
+        is_finite &= np.concatenate([draws.is_finite for draws in runs])
+        gradients += float(np.mean([draws.num_gradients.mean() for draws in runs]))
+        found.append(jax.tree.map(lambda *x: np.concatenate(x), *(draws.collected for draws in runs)))
+        scatter = nbeta * np.sqrt(np.mean([np.var(draws.collected.loss[draws.is_finite]) for draws in runs]))
+        nbeta = min(top, nbeta * float(np.exp(min(np.log(GROWTH), SCATTER / scatter))))
+    # A chain that was lost at one rung has no start at the next.
+    readings = jax.tree.map(lambda *x: np.stack(x)[:, is_finite], *found)
+    loss = readings.loss.astype(np.float64)
+    levels = np.array(nbetas)
+    overlap = np.exp(np.minimum(0.0, np.diff(levels)[:, None, None] * np.diff(loss, axis=0)))
+    return Ladder(
+        nbetas=levels,
+        loss=loss,
+        mean_loss=loss,
+        squared_distance=readings.squared_distance,
+        is_from_base=(np.arange(num_chains) < half)[is_finite],
+        replica=np.broadcast_to(np.arange(len(levels))[:, None, None], loss.shape),
+        exchange=overlap.mean(axis=(1, 2)),
+        init_loss=init_loss,
+        lowest_loss=float(min(init_loss, loss.min())),
+        rounding=float(np.finfo(np.float32).eps) * abs(init_loss),
+        base=target.base,
+        dimension=dimension(params),
+        params=readings.params,
+        num_lost=int(np.sum(~is_finite)),
+        gradients_per_chain=gradients,
+        labels=readings.labels,
+        step_bias=np.array(biases),
+    )
+
+
+def _run_from(run: Callable[..., Draws], key: Key[Array, ""], kernel: SGLD, starts: Params, **counts: Any) -> Draws:
+    """Run chains from weights of their own, (chain, ...)."""
+    nothing = run(key, kernel, num_draws=0)
+    num_chains = len(nothing.is_finite)
+    state = SGLDState(jax.tree.map(jnp.asarray, starts), jnp.zeros(num_chains, int), None)
+    return run(key, kernel, previous=replace(nothing, state=state), **counts)
+
+
+@dataclass(frozen=True)
+class _Read:
+    """Equal for equal settings, so that every rung runs the same program."""
+
+    keep_params: bool
+    labels: Callable[[Params], Array] | None
+
+    def __call__(self, target: LocalPosterior, data: Batch, state: SGLDState, info: Info) -> Reading:
+        del info
+        displacement = target.displacement(state.params)
+        return Reading(
+            mean_over_blocks(lambda batch: target.loss(state.params, batch), data, MAX_FULL_BATCH),
+            dot(displacement, displacement),
+            state.params if self.keep_params else None,
+            None if self.labels is None else self.labels(state.params),
+        )
+
+
+@jax.jit
+def _base_draws(target: LocalPosterior, position: Params, keys: Key[Array, " draw"]) -> Params:
+    return jax.vmap(lambda key: target.base.sample(key, position))(keys)
+
+
+@jax.jit
+def _read_all(collect: Callable[..., Reading], params: Params) -> Reading:
+    return jax.lax.map(lambda w: collect(SGLDState(w, jnp.zeros((), int), None), None), params)

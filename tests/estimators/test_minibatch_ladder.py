@@ -1,0 +1,81 @@
+"""A ladder by SGLD on minibatches against the exact law of a linear regression."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from slt_interp import Gaussian, analytic, temper
+from slt_interp.errors import InputError
+from slt_interp.estimators.llc import OK
+from slt_interp.estimators.volume import tempered_volume
+
+NUM_EXAMPLES, DIMENSION = 10_000, 4
+
+
+@pytest.fixture(scope="module")
+def problem():
+    return analytic.linear_regression(jax.random.key(5), NUM_EXAMPLES, DIMENSION)
+
+
+@pytest.fixture(scope="module")
+def ladder(problem):
+    settings = {
+        "base": Gaussian(problem.center, 1.0),
+        "max_nbeta": 3e3,
+        "num_draws": 400,
+        "keep_params": True,
+        "progress": False,
+    }
+    return temper(jax.random.key(1), problem.loss_fn, problem.center, problem.data, labels=_sign, **settings)
+
+
+def _sign(w):
+    return (w[0] > 0).astype(int)
+
+
+def test_energies_and_partition_functions_are_exact(problem, ladder):
+    inputs = np.asarray(problem.data["x"], np.float64)
+    curvatures = np.linalg.svd(inputs, compute_uv=False) ** 2 / NUM_EXAMPLES
+    assert ladder.status == OK, ladder
+    curve, partition = ladder.llc_curve(), ladder.log_partition()
+    energies = np.array([problem.energy(nbeta, 1.0) for nbeta in curve.nbetas])
+    assert np.all(np.abs(curve.llc - energies) < 4 * curve.std_error)
+    # A tenth of d / 2 at every rung, so that the comparison says something.
+    assert np.all(curve.std_error < 0.1 * DIMENSION / 2)
+    exact = -0.5 * np.log1p(partition.nbetas[:, None] * curvatures).sum(axis=1)
+    assert np.all(np.abs(partition.log_z - exact) <= 4 * partition.std_error)
+
+
+def test_errors_cover_what_the_step_adds(ladder):
+    # The step is chosen so as to add a hundredth of the dimension's share, d / 2.
+    assert ladder.step_bias[0] == 0
+    assert np.all((ladder.step_bias[1:] > 0) & (ladder.step_bias[1:] < 0.02 * DIMENSION / 2))
+    assert np.all(ladder.llc_curve().std_error >= ladder.step_bias[1:])
+
+
+def test_losses_are_those_of_all_data_and_labels_those_of_the_weights(problem, ladder):
+    top = jnp.asarray(ladder.draws(-1))
+    losses = jax.vmap(jax.vmap(lambda w: problem.loss_fn(w, problem.data)))(top)
+    np.testing.assert_allclose(losses, ladder.loss[-1], rtol=1e-5)
+    np.testing.assert_array_equal(jax.vmap(jax.vmap(_sign))(top), ladder.labels[-1])
+
+
+@pytest.mark.slow
+def test_volume_is_that_of_the_ellipsoid(problem):
+    base, thresholds = Gaussian(problem.center, 1.0), [0.01, 0.1]
+    arguments = problem.loss_fn, problem.center, problem.data, thresholds
+    found = tempered_volume(jax.random.key(2), *arguments, base=base, num_draws=150, max_rounds=1, progress=False)
+    rng = np.random.default_rng(0)
+    inputs = np.asarray(problem.data["x"], np.float64)
+    curvatures = np.linalg.svd(inputs, compute_uv=False) ** 2 / NUM_EXAMPLES
+    losses = 0.5 * rng.normal(size=(1_000_000, DIMENSION)) ** 2 @ curvatures
+    shares = np.array([np.mean(losses <= threshold) for threshold in thresholds])
+    errors = np.hypot(found.std_error, np.sqrt((1 - shares) / shares / 1e6))
+    assert np.all(np.abs(found.log_volume - np.log(shares)) < 4 * errors)
+
+
+def test_a_checkpoint_is_refused_in_one_sentence(problem, tmp_path):
+    settings = {"base": Gaussian(problem.center, 1.0), "max_nbeta": 10.0, "checkpoint": tmp_path}
+    with pytest.raises(InputError, match="runs on minibatches, and keeps no checkpoint"):
+        temper(jax.random.key(0), problem.loss_fn, problem.center, problem.data, **settings)
