@@ -92,7 +92,8 @@ def minibatch_ladder(
             )
         step_key, bias_key, batch_key, *run_keys = jax.random.split(keys[len(nbetas) - 1], 5)
         rung = replace(controlled, nbeta=nbeta)
-        kernel = SGLD(rung, settled_step_size(step_key, rung, params, batches))
+        step_size = settled_step_size(step_key, rung, params, batches)
+        kernel = SGLD(rung, step_size)
         center = jax.tree.map(lambda w: jnp.broadcast_to(w, (half, *w.shape)), position)
         runs = [
             _run_from(run, run_key, kernel, start, num_burnin=num_draws // 4 * run.keywords["thinning"])
@@ -100,7 +101,7 @@ def minibatch_ladder(
         ]
         starts = runs[0].state.params
         ends = jax.tree.map(lambda *x: jnp.concatenate(x), *(draws.state.params for draws in runs))
-        biases.append(predicted_step_bias(bias_key, rung, kernel.step_size, ends, batches(batch_key)))
+        biases.append(predicted_step_bias(bias_key, rung, step_size, ends, batches(batch_key)))
         nbetas.append(nbeta)
         is_finite &= np.concatenate([draws.is_finite for draws in runs])
         gradients += float(np.mean([draws.num_gradients.mean() for draws in runs]))

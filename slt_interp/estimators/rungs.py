@@ -181,7 +181,7 @@ def place_rungs(
         runs = families.run(jax.random.fold_in(trial_key, attempt), kernel, starts=runs, num_draws=CHUNK, checkpoint=folder)
         spent += float(np.mean([draws.num_gradients.mean() for draws in runs]))
         # Half of a trial forgets on which rungs chains were before. Of what is rejected the square root goes with the step.
-        rejected = 1 - joined(runs, lambda draws: draws.info.acceptance[:, CHUNK // 2 :]).mean(axis=(0, 1))
+        rejected = 1 - joined(runs, lambda draws: np.asarray(draws.info.acceptance)[:, CHUNK // 2 :]).mean(axis=(0, 1))
         factor = np.clip(np.sqrt(REJECTED / np.maximum(rejected, 1e-6)), 0.5, 1.5)
         steps = np.minimum(1.0, kernel.step_size * factor.astype(np.float32))
         kernel = replace(kernel, kernel=replace(kernel.kernel, step_size=steps))
@@ -362,7 +362,7 @@ def _kernel(target: LocalPosterior, pilot: _Pilot, nbetas: np.ndarray) -> Replic
     return ReplicaExchange(HMC(rungs, steps, scale=scale))
 
 
-def _nearest(nbetas: np.ndarray, others: np.ndarray) -> Int[np.ndarray, " rung"]:
+def _nearest(nbetas: Any, others: Any) -> Int[np.ndarray, " rung"]:
     """Find for each rung the nearest of others in log nbeta; the base measure is near itself alone."""
     logs, other_logs = (np.log(np.maximum(x, 1e-30)) for x in (np.asarray(nbetas), np.asarray(others)))
     return np.abs(logs[:, None] - other_logs).argmin(axis=1)
@@ -382,4 +382,4 @@ def _moved(draws: Draws, kernel: ReplicaExchange, data: Batch) -> Draws:
 
 @jax.jit
 def _starts(kernel: ReplicaExchange, keys: Key[Array, " chain"], params: Params, data: Batch) -> ExchangeState:
-    return jax.lax.map(lambda arguments: kernel.init_at(*arguments, data), (keys, params))
+    return jax.lax.map(lambda chain: kernel.init_at(chain[0], chain[1], data), (keys, params))

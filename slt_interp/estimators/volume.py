@@ -10,7 +10,6 @@ V(eps) = P_base(L(w) <= L(w*) + eps), by methods that count different sets and f
 The loss is any scalar function of the weights: `behavioral_kl` makes the one that asks for the same behavior.
 """
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -26,6 +25,7 @@ from slt_interp.curvature.gaussian import log_ellipsoid_mass
 from slt_interp.curvature.spectrum import DENSE_LIMIT, dense_hessian
 from slt_interp.data import Batch, FullBatch
 from slt_interp.errors import InputError
+from slt_interp.estimators.ladder import Ladder
 from slt_interp.estimators.llc import DO_NOT_TRUST, OK
 from slt_interp.estimators.rays import ray_volume
 from slt_interp.estimators.subset import subset_simulation
@@ -116,6 +116,11 @@ def tempered_volume(
     """
     check_key(key)
     thresholds = check_thresholds(thresholds)
+    if not (precision > 0 and max_rounds >= 1):
+        raise InputError(
+            f"precision must be positive and max_rounds at least 1, but they are {precision} and {max_rounds}: leave them out "
+            "for 0.05 nats and 4"
+        )
     if labels is not None:
         check_labels(labels, params)
     probe_key, ladder_key = jax.random.split(key)
@@ -132,19 +137,19 @@ def tempered_volume(
         labels=labels,
         progress=progress,
     )
-    for ladder in itertools.islice(growing, max_rounds):
-        reached = np.array([ladder.reaches(threshold) for threshold in thresholds])
-        if not reached.any():
-            raise InputError(
-                f"draws at nbeta {max_nbeta:.3g} hardly reach the largest threshold, {thresholds[-1]:.3g}, above the loss at "
-                "params: move the base measure nearer to params, or raise the thresholds"
-            )
-        found = ladder.log_volume(thresholds[reached])
-        apart = np.abs(found.log_volume - found.saddle_point)
-        limit = precision * np.maximum(1.0, np.abs(found.log_volume) / 10)
-        # The error covers the difference between the families.
-        if np.all((found.std_error <= limit) & ~(apart > _MAX_SADDLE_GAP) & ~(found.half_gap > _MAX_GAP)):
+    ladder = next(growing)
+    for _ in range(max_rounds - 1):
+        if _is_enough(ladder, thresholds, precision):
             break
+        ladder = next(growing)
+    reached = np.array([ladder.reaches(threshold) for threshold in thresholds])
+    if not reached.any():
+        raise InputError(
+            f"draws at nbeta {max_nbeta:.3g} hardly reach the largest threshold, {thresholds[-1]:.3g}, above the loss at "
+            "params: move the base measure nearer to params, or raise the thresholds"
+        )
+    found = ladder.log_volume(thresholds[reached])
+    apart = np.abs(found.log_volume - found.saddle_point)
     reasons = []
     far, uneven = ~(found.family_gap <= _MAX_GAP), ~(apart <= _MAX_SADDLE_GAP)
     drifting = ~(found.half_gap <= _MAX_GAP)
@@ -196,6 +201,18 @@ def tempered_volume(
         },
         by_label={name: (given(value), given(error)) for name, (value, error) in split.items()},
     )
+
+
+def _is_enough(ladder: Ladder, thresholds: Float[np.ndarray, " threshold"], precision: float) -> bool:
+    """Whether errors are small at all thresholds that are reached, or more draws would not help."""
+    reached = np.array([ladder.reaches(threshold) for threshold in thresholds])
+    if not reached.any() or ladder.exchange.min() < _MIN_EXCHANGE:
+        return True
+    found = ladder.log_volume(thresholds[reached])
+    limit = precision * np.maximum(1.0, np.abs(found.log_volume) / 10)
+    # The error covers the difference between the families. Where there is no saddle point there will be none.
+    is_apart = np.abs(found.log_volume - found.saddle_point) > _MAX_SADDLE_GAP
+    return bool(np.all((found.std_error <= limit) & ~is_apart & ~(found.half_gap > _MAX_GAP)))
 
 
 def _coldest(key: Key[Array, ""], target: LocalPosterior, params: Params, data: Batch, progress: bool) -> tuple[float, float]:

@@ -71,4 +71,5 @@ class _Module(nnx.Module):
 
 
 def _affine(layer: nnx.Linear, columns: Float[Array, "in example"]) -> Float[Array, "out example"]:
+    assert layer.bias is not None, "every layer is made with a bias"
     return layer.kernel[...].T @ columns + layer.bias[...][:, None]

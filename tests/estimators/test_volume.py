@@ -206,6 +206,11 @@ def test_no_number_is_given_where_halves_of_the_draws_differ(read_from):
     assert any("the first and the second half of the draws differ" in warning for warning in found.warnings)
 
 
+def test_no_rounds_are_refused(read_from):
+    with pytest.raises(InputError, match="max_rounds at least 1, but they are"):
+        read_from([], max_rounds=0)
+
+
 def test_rounds_end_when_errors_are_small_or_rounds_are_spent(read_from):
     # V(eps) = 1 - exp(-eps) (1 + eps) for the sum of two exponentials.
     exact = [np.log(-np.expm1(-eps) - eps * np.exp(-eps)) for eps in (0.01, 0.1)]
