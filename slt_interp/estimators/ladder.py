@@ -198,11 +198,11 @@ class Ladder:
             InputError: for ladders of too few rungs, chains or draws.
         """
         num_chains, num_draws = self.loss.shape[1:]
-        last = int(np.sum(self.nbetas * self.rounding <= _MAX_ROUNDING)) - 1
+        if not np.any(self.mean_loss[1:] - self.lowest_loss):
+            return replace(OF_CONSTANT_LOSS, warnings=self.warnings)
+        last = int(np.sum(self.nbetas[1:] * self.rounding <= _MAX_ROUNDING))
         picked = np.unique(np.linspace(min(1, last), last, _NUM_READ).round().astype(int))
         energy = self.nbetas[picked, None, None] * (self.mean_loss[picked] - self.lowest_loss)
-        if not energy.any():
-            return replace(OF_CONSTANT_LOSS, warnings=self.warnings)
         num_samples, num_readings = num_chains * _NUM_BLOCKS, 2 * len(picked) - 1
         if len(picked) < MIN_RUNGS or num_draws < _NUM_BLOCKS or num_samples < num_readings + 4:
             raise InputError(

@@ -208,8 +208,10 @@ def _rounding(target: LocalPosterior, params: Params, data: Batch) -> Float[Arra
         return jax.lax.map(lambda step: target.loss(jax.tree.map(lambda w: step * w, params), data), steps)
 
     losses = jax.lax.map(along, params)
-    of_terms = jnp.mean(jnp.diff(losses, n=4) ** 2) / 70
-    return jnp.sqrt(of_terms + (jnp.finfo(losses.dtype).eps * jnp.mean(losses)) ** 2 / 12)
+    # The line may lead out of where the loss is finite.
+    losses = jnp.where(jnp.isfinite(losses).all(axis=1, keepdims=True), losses, jnp.nan)
+    of_terms = jnp.nanmean(jnp.diff(losses, n=4) ** 2) / 70
+    return jnp.nan_to_num(jnp.sqrt(of_terms + (jnp.finfo(losses.dtype).eps * jnp.nanmean(losses)) ** 2 / 12))
 
 
 _CLEARLY = 6.0

@@ -129,6 +129,8 @@ def test_rungs_that_rounding_reaches_give_no_coefficient():
     # Six rungs up to 100 above the base, .01 / rounding below the second of them.
     with pytest.raises(InputError, match="this ladder has 1 that the loss's rounding does not touch"):
         _synthetic(rounding=5e-3).learning_coefficient()
+    with pytest.raises(InputError, match="this ladder has 0 that the loss's rounding does not touch"):
+        _synthetic(rounding=1.0).learning_coefficient()
     ladder = _synthetic(rounding=1e-2)
     assert np.all(ladder.llc_curve().std_error >= ladder.nbetas[1:] * 1e-2)
 
