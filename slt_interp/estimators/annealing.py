@@ -62,8 +62,9 @@ def _anneal(
             key, settings, growth = arguments
             positions, losses = particles
             pick_key, move_key = jax.random.split(key)
-            # An infinite loss is never picked; if all are, any is.
-            log_weights = jnp.nan_to_num(-growth * (losses - jnp.min(losses)), nan=0.0, neginf=-jnp.inf)
+            # Where the loss is not finite nobody is picked; if that is everywhere, anybody.
+            log_weights = jnp.where(jnp.isfinite(losses), -growth * losses, -jnp.inf)
+            log_weights = jnp.where(jnp.any(jnp.isfinite(losses)), log_weights, 0.0)
             picked = jax.random.categorical(pick_key, log_weights, shape=losses.shape)
             rung = kernel.at(settings)
 
@@ -74,8 +75,12 @@ def _anneal(
                 return state.params, state.loss
 
             starts = jax.random.split(move_key, _PARTICLES), jax.tree.map(lambda x: x[picked], positions)
-            particles = jax.lax.map(move, starts, batch_size=min(block_size, _PARTICLES))
-            return particles, jax.tree.map(lambda x: x[0], particles[0])
+            positions, losses = jax.lax.map(move, starts, batch_size=min(block_size, _PARTICLES))
+            # No trajectory leads away from where the loss is infinite: such a chain starts at the given weights, as in `init`.
+            left = jax.tree.map(
+                lambda x, w: jnp.where(jnp.isfinite(losses[0]), x[0], w), positions, kernel.target.position(params)
+            )
+            return (positions, losses), left
 
         def one(key: Key[Array, ""]) -> Params:
             base_key, rung_key = jax.random.split(key)
