@@ -58,7 +58,7 @@ class Config:
     """Independent seeds within a call of subset simulation, of one round."""
     num_examples: int = 4096
     label_smoothing: float = 0.0
-    """Of the loss: the study has 0.04, which takes 500 steps of polishing, and a coldest rung three times as cold."""
+    """Of the loss: that of the study has 0.04, and is polished for 500 steps."""
     train_steps: int = 8000
     train_batch: int = 1024
     learning_rate: float = 3e-3

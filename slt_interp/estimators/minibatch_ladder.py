@@ -29,7 +29,7 @@ from slt_interp.samplers.sgld import SGLD, SGLDState
 from slt_interp.tree import Params, dimension, dot
 
 
-class Reading(NamedTuple):
+class _Reading(NamedTuple):
     """What is kept of a draw: the loss on all data, |w - w*|^2, and weights and label if they are wanted."""
 
     loss: Float[Array, ""]
@@ -62,7 +62,7 @@ def minibatch_ladder(
     References:
         Baker et al. (2019), Control variates for stochastic gradient MCMC, arXiv:1706.05439.
     """
-    first_key, base_key, *keys = jax.random.split(key, 2 + MAX_RUNGS)
+    first_key, seen_key, base_key, rungs_key = jax.random.split(key, 4)
     top, half = float(np.asarray(target.nbeta)), num_chains // 2
     batches, position = Minibatches(data, BATCH_SIZE), target.position(params)
     collect = jax.tree_util.Partial(_Read(keep_params, labels), target, data)
@@ -77,12 +77,12 @@ def minibatch_ladder(
         mesh=chain_mesh(half),
         progress=progress,
     )
-    drawn = _base_draws(target, position, jax.random.split(base_key, num_chains * num_draws))
-    found = [jax.tree.map(lambda x: np.asarray(x).reshape(num_chains, num_draws, *x.shape[1:]), _read_all(collect, drawn))]
-    seen = Minibatches(data, MAX_FULL_BATCH)(first_key)
+    base_keys = jax.random.split(base_key, (num_chains, num_draws))
+    found = [jax.tree.map(np.asarray, _read_base(collect, target, position, base_keys))]
+    seen = Minibatches(data, MAX_FULL_BATCH)(seen_key)
     nbeta = min(first_rung(first_key, target, params, seen, top), top / GROWTH**3)
     nbetas, biases, gradients, is_finite = [0.0], [0.0], 0.0, np.ones(num_chains, bool)
-    starts = jax.tree.map(lambda x: x.reshape(num_chains, num_draws, *x.shape[1:])[:half, 0], drawn)
+    starts = _base_draws(target, position, base_keys[:half, 0])
     controlled = target.with_control_variate(data)
     while nbetas[-1] < top:
         if len(nbetas) > MAX_RUNGS:
@@ -90,7 +90,7 @@ def minibatch_ladder(
                 f"more than {MAX_RUNGS} rungs reach nbeta {nbeta:.3g} only, of {top:.3g}: narrow the base measure, or end at a "
                 "smaller nbeta"
             )
-        step_key, bias_key, batch_key, *run_keys = jax.random.split(keys[len(nbetas) - 1], 5)
+        step_key, bias_key, batch_key, *run_keys = jax.random.split(jax.random.fold_in(rungs_key, len(nbetas)), 5)
         rung = replace(controlled, nbeta=nbeta)
         step_size = settled_step_size(step_key, rung, params, batches)
         kernel = SGLD(rung, step_size)
@@ -149,10 +149,10 @@ class _Read:
     keep_params: bool
     labels: Callable[[Params], Array] | None
 
-    def __call__(self, target: LocalPosterior, data: Batch, state: SGLDState, info: Info) -> Reading:
+    def __call__(self, target: LocalPosterior, data: Batch, state: SGLDState, info: Info) -> _Reading:
         del info
         displacement = target.displacement(state.params)
-        return Reading(
+        return _Reading(
             mean_over_blocks(lambda batch: target.loss(state.params, batch), data, MAX_FULL_BATCH),
             dot(displacement, displacement),
             state.params if self.keep_params else None,
@@ -166,5 +166,12 @@ def _base_draws(target: LocalPosterior, position: Params, keys: Key[Array, " dra
 
 
 @jax.jit
-def _read_all(collect: Callable[..., Reading], params: Params) -> Reading:
-    return jax.lax.map(lambda w: collect(SGLDState(w, jnp.zeros((), int), None), None), params)
+def _read_base(
+    collect: Callable[..., _Reading], target: LocalPosterior, position: Params, keys: Key[Array, "chain draw"]
+) -> _Reading:
+    """Read draws of the base one at a time: together they may be more weights than there is memory for."""
+
+    def one(key: Key[Array, ""]) -> _Reading:
+        return collect(SGLDState(target.base.sample(key, position), jnp.zeros((), int), None), None)
+
+    return jax.lax.map(lambda row: jax.lax.map(one, row), keys)
