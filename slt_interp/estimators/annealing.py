@@ -8,7 +8,6 @@ References:
     Hukushima and Iba (2003), Population annealing and its application to a spin glass.
 """
 
-from dataclasses import replace
 from functools import partial
 
 import jax
@@ -19,7 +18,6 @@ from jaxtyping import Array, Key
 
 from slt_interp.data import Batch
 from slt_interp.samplers.chains import chain_mesh, choose_block_size
-from slt_interp.samplers.draws import Draws
 from slt_interp.samplers.exchange import ReplicaExchange
 from slt_interp.tree import Params
 
@@ -28,19 +26,18 @@ ANNEALING = _PARTICLES * _MOVES
 """Steps for each chain and rung: a population of 8, and 25 moves of each."""
 
 
-def annealed(key: Key[Array, ""], kernel: ReplicaExchange, draws: Draws, params: Params, data: Batch) -> Draws:
-    """Put each chain at the rungs of `kernel` where a population that came down from the base left one of its own.
+def annealed(key: Key[Array, ""], kernel: ReplicaExchange, num_chains: int, params: Params, data: Batch) -> Params:
+    """Find weights for each chain at the rungs of `kernel`: of one member of a population that came down from the base.
 
-    `draws` are of as many chains, on any rungs; steps and metrics are those of `kernel`. It takes `ANNEALING` steps per chain
-    and rung.
+    It takes `ANNEALING` steps per chain and rung, with the steps and metrics of `kernel`. `params` are the trained weights.
+
+    Returns:
+        The weights, (chain, rung, ...).
     """
-    num_chains = len(draws.is_finite)
     mesh = chain_mesh(num_chains)
     block_size = choose_block_size(num_chains * _PARTICLES, None, kernel.target, params, data)
     keys = jax.device_put(jax.random.split(key, num_chains), NamedSharding(mesh, P("chain")))
-    reached = _anneal(keys, kernel, params, data, mesh=mesh, block_size=block_size)
-    state = draws.state._replace(rungs=draws.state.rungs._replace(params=reached))
-    return replace(draws, state=state, kernel=kernel)
+    return _anneal(keys, kernel, params, data, mesh=mesh, block_size=block_size)
 
 
 @partial(jax.jit, static_argnames=("mesh", "block_size"))

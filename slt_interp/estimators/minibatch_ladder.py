@@ -23,7 +23,7 @@ from slt_interp.estimators.ladder import Ladder
 from slt_interp.estimators.rungs import GROWTH, MAX_RUNGS, SCATTER, first_rung
 from slt_interp.posterior import LocalPosterior
 from slt_interp.samplers.chains import chain_mesh, sample
-from slt_interp.samplers.draws import Draws
+from slt_interp.samplers.draws import Draws, starting
 from slt_interp.samplers.kernel import Info
 from slt_interp.samplers.sgld import SGLD, SGLDState
 from slt_interp.tree import Params, dimension, dot
@@ -136,10 +136,9 @@ def minibatch_ladder(
 
 def _run_from(run: Callable[..., Draws], key: Key[Array, ""], kernel: SGLD, starts: Params, **counts: Any) -> Draws:
     """Run chains from weights of their own, (chain, ...)."""
-    nothing = run(key, kernel, num_draws=0)
-    num_chains = len(nothing.is_finite)
+    num_chains = len(jax.tree.leaves(starts)[0])
     state = SGLDState(jax.tree.map(jnp.asarray, starts), jnp.zeros(num_chains, int), None)
-    return run(key, kernel, previous=replace(nothing, state=state), **counts)
+    return run(key, kernel, previous=starting(kernel, state, np.ones(num_chains, bool)), **counts)
 
 
 @dataclass(frozen=True)

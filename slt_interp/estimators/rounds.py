@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Key
 from slt_interp.estimators.llc import DO_NOT_TRUST, OK, LLCEstimate, keep_energy, llc
 from slt_interp.estimators.rungs import BURNIN_PER_RUNG, REJECTED, Families, place_rungs, top_rung
 from slt_interp.posterior import LocalPosterior
-from slt_interp.samplers.draws import Draws, keep_nothing
+from slt_interp.samplers.draws import Draws, keep_nothing, starting
 from slt_interp.samplers.hamiltonian import MetropolisState, learned_scale
 from slt_interp.samplers.hmc import HMC
 from slt_interp.samplers.kernel import Info, Kernel
@@ -154,17 +154,8 @@ _TRIALS, _UNSUITED = 6, 0.5
 
 
 def _at_ends(draws: Draws, kernel: HMC) -> Draws:
-    """Keep where the chains are, and no draws: `sample` goes on from there with `kernel`."""
-    return replace(
-        draws,
-        info=jax.tree.map(lambda x: x[:, :0], draws.info),
-        num_gradients=np.zeros_like(draws.num_gradients),
-        state=draws.state._replace(step_size=jnp.full_like(draws.state.step_size, kernel.step_size)),
-        kernel=kernel,
-        num_warmup=0,
-        num_burnin=0,
-        thinning=1,
-    )
+    state = draws.state._replace(step_size=jnp.full_like(draws.state.step_size, kernel.step_size))
+    return starting(kernel, state, draws.is_finite)
 
 
 def _without_burnin(

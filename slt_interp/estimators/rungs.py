@@ -23,7 +23,7 @@ from slt_interp.estimators.annealing import ANNEALING, annealed
 from slt_interp.estimators.llc import Energy
 from slt_interp.posterior import LocalPosterior
 from slt_interp.samplers.chains import chain_mesh, choose_block_size, sample
-from slt_interp.samplers.draws import Draws
+from slt_interp.samplers.draws import Draws, starting
 from slt_interp.samplers.exchange import ExchangeState, ReplicaExchange, RungReadings, keep_rungs
 from slt_interp.samplers.hamiltonian import learned_metric, learned_scale, needs_directions
 from slt_interp.samplers.hmc import HMC
@@ -41,6 +41,13 @@ CHUNK = 50
 
 MIN_DRAWS, BURNIN_PER_RUNG = 300, 2
 """Fewer draws than 300 are not worth finding a ladder; two steps for each of its rungs come before the first draw."""
+
+
+class Place(NamedTuple):
+    """Where the chains of a family are: nbeta of rungs, and the weights there, (chain, rung, ...)."""
+
+    nbetas: Float[np.ndarray, " rung"]
+    params: Params
 
 
 @dataclass(frozen=True)
@@ -65,14 +72,13 @@ class Families:
         kernel: ReplicaExchange,
         *,
         previous: tuple[Draws, Draws] | None = None,
-        starts: tuple[Draws, Draws] | None = None,
+        starts: tuple[Place, Place] | None = None,
         checkpoint: Path | None = None,
         **counts: Any,
     ) -> tuple[Draws, Draws]:
         """Run both families, or go on with `previous`; `counts` are those of `sample`.
 
-        Without `previous`, chains start where those of `starts` ended, which were on other rungs perhaps: each rung at the
-        weights of the nearest.
+        Without `previous`, chains start at `starts`, each rung at the weights of the nearest rung there.
         """
         above = len(np.asarray(kernel.target.nbeta)) - 1
         fits = choose_block_size(_ALL, None, kernel.target, self.params, self.data)
@@ -82,7 +88,7 @@ class Families:
         for i, name in enumerate(names):
             of_family, before = replace(kernel, from_base=jnp.asarray(name == "base")), previous and previous[i]
             if before is None and starts is not None:
-                before = _moved(starts[i], of_family, self.data)
+                before = _at(starts[i], of_family, self.data)
             runs.append(
                 sample(
                     jax.random.fold_in(key, i),
@@ -139,7 +145,7 @@ def place_rungs(
     families: Families,
     checkpoint: Path | None = None,
     max_gradients: float = np.inf,
-) -> tuple[ReplicaExchange | None, tuple[Draws, Draws], float]:
+) -> tuple[ReplicaExchange | None, tuple[Place, Place], float]:
     """Place the rungs of a ladder up to the nbeta of `target`, with their metrics and steps.
 
     Args:
@@ -150,8 +156,8 @@ def place_rungs(
         max_gradients: per chain, for trials, burn-in and `MIN_DRAWS` draws on the ladder; a pilot is always run.
 
     Returns:
-        The kernel, or None if its rungs are too many for `max_gradients`; what has run last, whose ends are where chains go
-        on; and the gradients per chain that were spent.
+        The kernel, or None if its rungs are too many for `max_gradients`; where chains go on; and the gradients per chain that
+        were spent.
 
     Raises:
         InputError: if there would be more than 400 rungs.
@@ -160,25 +166,28 @@ def place_rungs(
     top = float(np.asarray(target.nbeta))
     first = min(first_rung(base_key, target, families.params, families.data, top), top / GROWTH**3)
     tripled = np.concatenate([[0.0], np.geomspace(first, top, 1 + int(np.ceil(np.log(top / first) / np.log(GROWTH) - 1e-6)))])
-    pilot, runs, spent = _pilot(pilot_key, target, families, tripled, checkpoint and checkpoint / "pilot")
+    pilot, places, spent = _pilot(pilot_key, target, families, tripled, checkpoint and checkpoint / "pilot")
     kernel = _kernel(target, pilot, _spaced(pilot, tripled))
     count = np.size(kernel.target.nbeta)
     # Of both families together: one of them is annealed.
     steps = ANNEALING / 2 + _NUM_TRIALS * CHUNK + BURNIN_PER_RUNG * count + MIN_DRAWS
     if spent + kernel.kernel.num_leapfrog * count * steps > max_gradients:
-        return None, runs, spent
+        return None, places, spent
     if count > MAX_RUNGS:
         raise InputError(
             f"a ladder up to nbeta {top:.3g} would need {count:,} rungs, and at most {MAX_RUNGS} are run: at cold rungs "
             "energies differ widely between chains, as where there are several minima; narrow the base measure, or end at a "
             "smaller nbeta"
         )
-    runs = annealed(anneal_key, kernel, runs[0], families.params, families.data), runs[1]
+    nbetas = np.asarray(kernel.target.nbeta, np.float64)
+    from_base = annealed(anneal_key, kernel, families.num_chains, families.params, families.data)
+    places = Place(nbetas, from_base), places[1]
     spent += kernel.kernel.num_leapfrog * (count - 1) * ANNEALING / 2
     for attempt in range(_NUM_TRIALS):
         nbetas = np.asarray(kernel.target.nbeta, np.float64)
         folder = checkpoint and checkpoint / f"trial-{attempt}"
-        runs = families.run(jax.random.fold_in(trial_key, attempt), kernel, starts=runs, num_draws=CHUNK, checkpoint=folder)
+        runs = families.run(jax.random.fold_in(trial_key, attempt), kernel, starts=places, num_draws=CHUNK, checkpoint=folder)
+        places = _places(runs, nbetas)
         spent += float(np.mean([draws.num_gradients.mean() for draws in runs]))
         # Half of a trial forgets on which rungs chains were before. Of what is rejected the square root goes with the step.
         rejected = 1 - joined(runs, lambda draws: np.asarray(draws.info.acceptance)[:, CHUNK // 2 :]).mean(axis=(0, 1))
@@ -193,7 +202,7 @@ def place_rungs(
             middle = np.where(nbetas[rare] > 0, np.sqrt(nbetas[rare] * nbetas[rare + 1]), nbetas[rare + 1] / 4)
             pilot = pilot._replace(nbetas=nbetas, scale=kernel.kernel.scale, step_size=steps)
             kernel = _kernel(target, pilot, np.sort(np.concatenate([nbetas, middle])))
-    return kernel, runs, spent
+    return kernel, places, spent
 
 
 GROWTH = 3.0
@@ -271,7 +280,7 @@ def _base_losses(target: LocalPosterior, params: Params, data: Batch, keys: Key[
 
 def _pilot(
     key: Key[Array, ""], target: LocalPosterior, families: Families, nbetas: np.ndarray, checkpoint: Path | None
-) -> tuple[_Pilot, tuple[Draws, Draws], float]:
+) -> tuple[_Pilot, tuple[Place, Place], float]:
     center = target.position(families.params)
     is_large = dimension(center) > MAX_WHITENED
     width = target.base.variance(center)
@@ -311,7 +320,8 @@ def _pilot(
     # Of the base itself the loss may be infinite.
     mean, variance = (np.concatenate([[np.nan], f(loss, axis=(1, 2))]) for f in (np.mean, np.var))
     spent = float(np.mean([draws.num_gradients.mean() for draws in runs]))
-    return _Pilot(nbetas, scale, np.minimum(1.0, steps * np.asarray(allowed)), mean, variance), runs, spent
+    pilot = _Pilot(nbetas, scale, np.minimum(1.0, steps * np.asarray(allowed)), mean, variance)
+    return pilot, _places(runs, nbetas), spent
 
 
 def _settled(losses: list[Float[np.ndarray, "chain draw rung"]]) -> Int[np.ndarray, "rung chain"]:
@@ -368,18 +378,19 @@ def _nearest(nbetas: Any, others: Any) -> Int[np.ndarray, " rung"]:
     return np.abs(logs[:, None] - other_logs).argmin(axis=1)
 
 
-def _moved(draws: Draws, kernel: ReplicaExchange, data: Batch) -> Draws:
-    """Put chains that have run on some rungs on those of `kernel`, with no step made."""
-    nearest = _nearest(kernel.target.nbeta, draws.kernel.target.nbeta)
-    params = jax.tree.map(lambda x: np.asarray(x)[:, nearest], draws.state.params)
-    num_chains = len(draws.is_finite)
-    state = _starts(kernel, jax.random.split(jax.random.key(0), num_chains), params, data)
-    none = np.zeros(num_chains)
-    return Draws(
-        jax.tree.map(lambda x: x[:, :0], draws.info), None, np.asarray(draws.is_finite), none, none, state, kernel, 0, 0, 1
-    )
+def _places(runs: tuple[Draws, Draws], nbetas: np.ndarray) -> tuple[Place, Place]:
+    first, second = (Place(nbetas, draws.state.params) for draws in runs)
+    return first, second
+
+
+def _at(place: Place, kernel: ReplicaExchange, data: Batch) -> Draws:
+    """Put chains on the rungs of `kernel`, with no step made."""
+    nearest = _nearest(kernel.target.nbeta, place.nbetas)
+    params = jax.tree.map(lambda x: np.asarray(x)[:, nearest], place.params)
+    state = _starts(kernel, params, data)
+    return starting(kernel, state, np.ones(len(state.num_steps), bool))
 
 
 @jax.jit
-def _starts(kernel: ReplicaExchange, keys: Key[Array, " chain"], params: Params, data: Batch) -> ExchangeState:
-    return jax.lax.map(lambda chain: kernel.init_at(chain[0], chain[1], data), (keys, params))
+def _starts(kernel: ReplicaExchange, params: Params, data: Batch) -> ExchangeState:
+    return jax.lax.map(lambda params: kernel.init_at(params, data), params)

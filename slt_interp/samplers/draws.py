@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, PyTree
 
@@ -75,6 +76,19 @@ class Draws:
         }
         settings = {"num_warmup": self.num_warmup, "num_burnin": self.num_burnin, "thinning": self.thinning}
         return xarray.Dataset(variables, attrs=settings)
+
+
+def starting(kernel: Kernel, state: Any, is_finite: Bool[np.ndarray, " chain"]) -> Draws:
+    """Say where chains are, with no step made: `sample(previous=...)` goes on from there with `kernel`.
+
+    Args:
+        kernel: what will run.
+        state: of every chain, (chain, ...).
+        is_finite: which chains have been finite so far.
+    """
+    none = np.zeros(len(is_finite))
+    info = Info(*[jnp.zeros((len(is_finite), 0))] * len(Info._fields))
+    return Draws(info, None, is_finite, none, none, state, kernel, 0, 0, 1)
 
 
 def keep_params(state: Any, info: Info) -> Params:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from slt_interp.data import Batch
 from slt_interp.posterior import LocalPosterior
-from slt_interp.samplers.hamiltonian import MetropolisState, Whitening
+from slt_interp.samplers.hamiltonian import MetropolisState, Whitening, start
 from slt_interp.samplers.hmc import HMC
 from slt_interp.samplers.kernel import Info, inspect
 from slt_interp.tree import Params, Real, dot, register_dataclass
@@ -109,7 +109,7 @@ class ReplicaExchange:
         def one(arguments: tuple[Key[Array, ""], Array, tuple]) -> MetropolisState:
             key, rung, settings = arguments
             kernel, draw = self.at(settings), self.draw(key, params)
-            drawn, given = (kernel.init(key, start, batch) for start in (draw, self.target.position(params)))
+            drawn, given = (kernel.init(key, w, batch) for w in (draw, self.target.position(params)))
             # No trajectory leads away from where the loss is infinite, and a start need not be typical.
             is_finite = jnp.isfinite(drawn.loss) & jnp.isfinite(dot(drawn.gradient, drawn.gradient))
             is_drawn = (rung == 0) | (jnp.asarray(self.from_base) & is_finite)
@@ -118,12 +118,13 @@ class ReplicaExchange:
         arguments = jax.random.split(key, num_rungs), jnp.arange(num_rungs), self.settings()
         return self._first(jax.lax.map(one, arguments))
 
-    def init_at(self, key: Key[Array, ""], params: Params, batch: Batch) -> ExchangeState:
+    def init_at(self, params: Params, batch: Batch) -> ExchangeState:
         """Start every rung at weights of its own, (rung, ...)."""
 
         def one(arguments: tuple[tuple, Params]) -> MetropolisState:
-            settings, start = arguments
-            return self.at(settings).init(key, start, batch)
+            settings, position = arguments
+            rung = self.at(settings)
+            return start(rung.target, position, batch, rung.step_size, has_metric=rung.scale is not None)
 
         return self._first(jax.lax.map(one, (self.settings(), params)))
 

@@ -1,5 +1,6 @@
 """Where rungs belong, against what exact energies and a base measure in one dimension ask for."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -117,11 +118,9 @@ def _quadratic_ladder(nbetas):
 
 
 def test_chains_that_move_to_other_rungs_start_at_the_weights_of_the_nearest(key):
-    families = Families(jnp.zeros(3), None, num_chains=2, progress=False)
-    counts = {"num_draws": 3, "chunk_size": 3}
-    first = families.run(key, _quadratic_ladder([0.0, 1.0, 10.0]), **counts)
-    moved = rungs._moved(first[1], _quadratic_ladder([0.0, 0.5, 2.0, 4.0, 20.0]), None)
-    np.testing.assert_array_equal(moved.state.params, np.asarray(first[1].state.params)[:, [0, 1, 1, 2, 2]])
+    place = rungs.Place(np.array([0.0, 1.0, 10.0]), jax.random.normal(key, (2, 3, 3)))
+    moved = rungs._at(place, _quadratic_ladder([0.0, 0.5, 2.0, 4.0, 20.0]), None)
+    np.testing.assert_array_equal(moved.state.params, np.asarray(place.params)[:, [0, 1, 1, 2, 2]])
     assert moved.num_steps == 0
 
 
