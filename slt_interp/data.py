@@ -104,6 +104,12 @@ def num_examples(data: PyTree[Array]) -> int:
     return next(n for n in lengths.values() if n is not None)
 
 
+def is_large(data: Batch) -> bool:
+    """Whether all arrays of `data` share a leading axis of more than `MAX_FULL_BATCH` examples."""
+    lengths = {_length(leaf) for leaf in jax.tree.leaves(data)}
+    return len(lengths) == 1 and (lengths.pop() or 0) > MAX_FULL_BATCH
+
+
 def map_blocks(
     function: Callable[[Batch], PyTree[Array]], data: Batch, size: int
 ) -> tuple[PyTree[Array], Int[Array, " block"]]:

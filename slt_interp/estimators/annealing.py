@@ -1,94 +1,115 @@
 """How chains from the base measure come to the cold rungs of a ladder: as populations that are annealed.
 
 Chains that start at a cold rung at draws of the base fall into the next valley, and stay there; a replica that comes down by
-swaps takes thousands of steps. A population goes from rung to rung, and at each one loses those that fell into a narrow valley:
-members are resampled with the weights exp(-(nbeta' - nbeta) L), and then move.
+swaps is long on its way. A population goes from rung to rung, and at each one loses those that fell into a narrow valley:
+members are resampled with the weights exp(-(nbeta' - nbeta) L), and then move. One population ends in one valley, by chance
+where valleys differ at the coldest rungs only. So there are two for each chain, with an estimate of the partition function
+each, and chains start where that is large.
 
 References:
     Hukushima and Iba (2003), Population annealing and its application to a spin glass.
+    Verge et al. (2015), On parallel implementation of sequential Monte Carlo methods: the island particle model,
+    arXiv:1306.3911.
 """
 
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Key
+from jaxtyping import Array, Float, Int, Key
 
 from slt_interp.data import Batch
 from slt_interp.samplers.chains import chain_mesh, choose_block_size
 from slt_interp.samplers.exchange import ReplicaExchange
 from slt_interp.tree import Params
 
-_PARTICLES, _MOVES = 8, 25
-ANNEALING = _PARTICLES * _MOVES
-"""Steps for each chain and rung: a population of 8, and 25 moves of each."""
+_POPULATIONS, _PARTICLES, _MOVES = 2, 8, 25
+ANNEALING = _POPULATIONS * _PARTICLES * _MOVES
+"""Steps for each chain and rung: two populations of 8, and 25 moves of each."""
 
 
 def annealed(key: Key[Array, ""], kernel: ReplicaExchange, num_chains: int, params: Params, data: Batch) -> Params:
-    """Find weights for each chain at the rungs of `kernel`: of one member of a population that came down from the base.
+    """Find weights for each chain at the rungs of `kernel`, where populations that came down from the base left their members.
 
     It takes `ANNEALING` steps per chain and rung, with the steps and metrics of `kernel`. `params` are the trained weights.
 
     Returns:
         The weights, (chain, rung, ...).
     """
-    mesh = chain_mesh(num_chains)
-    block_size = choose_block_size(num_chains * _PARTICLES, None, kernel.target, params, data)
-    keys = jax.device_put(jax.random.split(key, num_chains), NamedSharding(mesh, P("chain")))
-    return _anneal(keys, kernel, params, data, mesh=mesh, block_size=block_size)
+    count = num_chains * _POPULATIONS * _PARTICLES
+    mesh = chain_mesh(count)
+    block_size = choose_block_size(count // mesh.size, None, kernel.target, params, data)
+    return _anneal(key, kernel, params, data, num_chains=num_chains, mesh=mesh, block_size=block_size)
 
 
-@partial(jax.jit, static_argnames=("mesh", "block_size"))
+@partial(jax.jit, static_argnames=("num_chains", "mesh", "block_size"))
 def _anneal(
-    keys: Key[Array, " chain"],
+    key: Key[Array, ""],
     kernel: ReplicaExchange,
     params: Params,
     data: Batch,
     *,
+    num_chains: int,
     mesh: jax.sharding.Mesh,
     block_size: int,
 ) -> Params:
-    """Resample `_PARTICLES` at each rung and make `_MOVES` steps there; give the first of them, (chain, rung, ...)."""
+    """Resample every population at each rung, and make `_MOVES` steps there; then let chains choose."""
+    populations = num_chains * _POPULATIONS
+    count = populations * _PARTICLES
+    # Those of the same population that are chosen are different members.
+    members = jnp.arange(populations) % _PARTICLES
 
-    def run(keys: Key[Array, " chain"], kernel: ReplicaExchange, params: Params, data: Batch) -> Params:
-        nbetas, loss_fn = jnp.asarray(kernel.target.nbeta), kernel.target.loss
-
-        def down(particles: tuple[Params, Array], arguments: tuple) -> tuple[tuple[Params, Array], Params]:
-            key, settings, growth = arguments
-            positions, losses = particles
-            pick_key, move_key = jax.random.split(key)
-            # Where the loss is not finite nobody is picked; if that is everywhere, anybody.
-            log_weights = jnp.where(jnp.isfinite(losses), -growth * losses, -jnp.inf)
-            log_weights = jnp.where(jnp.any(jnp.isfinite(losses)), log_weights, 0.0)
-            picked = jax.random.categorical(pick_key, log_weights, shape=losses.shape)
+    def move(keys: Key[Array, " particle"], starts: Params, kernel: ReplicaExchange, settings: tuple, data: Batch) -> tuple:
+        def one(arguments: tuple[Key[Array, ""], Params]) -> tuple[Params, Array]:
+            key, position = arguments
             rung = kernel.at(settings)
+            state = rung.init(key, position, data)
+            state = jax.lax.fori_loop(0, _MOVES, lambda i, s: rung.step(jax.random.fold_in(key, i), s, data)[0], state)
+            return state.params, state.loss
 
-            def move(arguments: tuple[Key[Array, ""], Params]) -> tuple[Params, Array]:
-                key, position = arguments
-                state = rung.init(key, position, data)
-                state = jax.lax.fori_loop(0, _MOVES, lambda i, s: rung.step(jax.random.fold_in(key, i), s, data)[0], state)
-                return state.params, state.loss
+        return jax.lax.map(one, (keys, starts), batch_size=block_size)
 
-            starts = jax.random.split(move_key, _PARTICLES), jax.tree.map(lambda x: x[picked], positions)
-            positions, losses = jax.lax.map(move, starts, batch_size=min(block_size, _PARTICLES))
-            # No trajectory leads away from where the loss is infinite: such a chain starts at the given weights, as in `init`.
-            left = jax.tree.map(
-                lambda x, w: jnp.where(jnp.isfinite(losses[0]), x[0], w), positions, kernel.target.position(params)
-            )
-            return (positions, losses), left
+    moved = jax.shard_map(
+        move, mesh=mesh, check_vma=False, in_specs=(P("chain"), P("chain"), P(), P(), P()), out_specs=P("chain")
+    )
 
-        def one(key: Key[Array, ""]) -> Params:
-            base_key, rung_key = jax.random.split(key)
-            first = jax.vmap(lambda key: kernel.draw(key, params))(jax.random.split(base_key, _PARTICLES))
-            losses = jax.lax.map(lambda w: loss_fn(w, data), first)
-            settings = jax.tree.map(lambda x: x[1:], kernel.settings())
-            arguments = jax.random.split(rung_key, len(nbetas) - 1), settings, jnp.diff(nbetas)
-            rungs = jax.lax.scan(down, (first, losses), arguments)[1]
-            return jax.tree.map(lambda a, b: jnp.concatenate([a[:1], b]), first, rungs)
+    def down(carry: tuple[Params, Array, Array], arguments: tuple) -> tuple[tuple[Params, Array, Array], Params]:
+        key, settings, growth = arguments
+        positions, losses, log_z = carry
+        pick_key, move_key, choose_key = jax.random.split(key, 3)
+        # Where the loss is not finite nobody is picked.
+        log_weights = jnp.where(jnp.isfinite(losses), -growth * losses, -jnp.inf).reshape(populations, _PARTICLES)
+        log_z += jax.nn.logsumexp(log_weights, axis=1)
+        picked = jax.vmap(_resampled)(jax.random.split(pick_key, populations), log_weights)
+        starts = _taken(positions, (picked + _PARTICLES * jnp.arange(populations)[:, None]).ravel())
+        positions, losses = moved(jax.random.split(move_key, count), starts, kernel, settings, data)
+        chosen = (_PARTICLES * _resampled(choose_key, log_z) + members)[::_POPULATIONS]
+        # No trajectory leads away from where the loss is infinite: such a chain starts at the given weights, as in `init`.
+        is_finite = jnp.isfinite(losses)[chosen]
+        left = jax.tree.map(
+            lambda x, w: jnp.where(is_finite.reshape(-1, *[1] * w.ndim), x, w),
+            _taken(positions, chosen),
+            kernel.target.position(params),
+        )
+        return (positions, losses, log_z), left
 
-        return jax.lax.map(one, keys, batch_size=max(1, min(block_size // _PARTICLES, len(keys))))
+    base_key, rung_key = jax.random.split(key)
+    first = jax.vmap(lambda key: kernel.draw(key, params))(jax.random.split(base_key, count))
+    losses = jax.lax.map(lambda w: kernel.target.loss(w, data), first)
+    nbetas = jnp.asarray(kernel.target.nbeta)
+    arguments = jax.random.split(rung_key, len(nbetas) - 1), jax.tree.map(lambda x: x[1:], kernel.settings()), jnp.diff(nbetas)
+    rungs = jax.lax.scan(down, (first, losses, jnp.zeros(populations, losses.dtype)), arguments)[1]
+    return jax.tree.map(lambda a, b: jnp.moveaxis(jnp.concatenate([a[None, :num_chains], b]), 0, 1), first, rungs)
 
-    specs = {"in_specs": (P("chain"), P(), P(), P()), "out_specs": P("chain")}
-    return jax.shard_map(run, mesh=mesh, check_vma=False, **specs)(keys, kernel, params, data)
+
+def _resampled(key: Key[Array, ""], log_weights: Float[Array, " particle"]) -> Int[Array, " particle"]:
+    """Pick as many as there are, each as often as its weight says but for less than once (systematically); if none has, any."""
+    shares = jax.nn.softmax(jnp.where(jnp.any(log_weights > -jnp.inf), log_weights, 0.0))
+    count, totals = len(shares), jnp.cumsum(shares)
+    places = totals[-1] * (jnp.arange(count) + jax.random.uniform(key)) / count
+    return jnp.minimum(jnp.searchsorted(totals, places, side="right"), count - 1)
+
+
+def _taken(positions: Params, indices: Int[Array, " particle"]) -> Params:
+    return jax.tree.map(lambda x: x[indices], positions)

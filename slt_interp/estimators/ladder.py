@@ -87,10 +87,9 @@ class Ladder:
         mean_loss: averaged over the trajectory of each draw: the same expectation with less noise.
         squared_distance: |w - w*|^2 of the draws.
         is_from_base: for each chain, whether it started at draws of the base rather than at the weights.
-        replica: which of a chain's replicas was at the rung.
-        exchange: mean probability with which rungs r and r + 1 swap.
+        replica: which of a chain's replicas was at the rung; None if rungs do not swap.
+        exchange: mean probability with which rungs r and r + 1 swap, or would.
         init_loss: L(w*), nats per example.
-        lowest_loss: L*, which energies are counted from: `init_loss`, or the lowest loss of any draw if that is lower.
         rounding: standard deviation of the loss's rounding at draws of the coldest rung, nats per example.
         base: the base measure.
         dimension: number of weights.
@@ -106,10 +105,9 @@ class Ladder:
     mean_loss: Float[np.ndarray, "rung chain draw"]
     squared_distance: Float[np.ndarray, "rung chain draw"]
     is_from_base: Bool[np.ndarray, " chain"]
-    replica: Int[np.ndarray, "rung chain draw"]
+    replica: Int[np.ndarray, "rung chain draw"] | None
     exchange: Float[np.ndarray, " pair"]
     init_loss: float
-    lowest_loss: float
     rounding: float
     base: Base
     dimension: int
@@ -122,10 +120,16 @@ class Ladder:
     def __str__(self) -> str:
         num_rungs, num_chains, num_draws = self.loss.shape
         head = (
-            f"Ladder of {num_rungs} rungs up to nbeta {self.nbetas[-1]:.4g} ({num_chains} chains of {num_draws} draws, "
-            f"{self.round_trips:.1f} round trips per chain): {self.status}"
+            f"Ladder of {num_rungs} rungs up to nbeta {self.nbetas[-1]:.4g} ({num_chains} chains of {num_draws} draws"
+            f"{'' if self.round_trips is None else f', {self.round_trips:.1f} round trips per chain'}): {self.status}"
         )
         return "\n- ".join([head, *self.warnings])
+
+    @cached_property
+    def lowest_loss(self) -> float:
+        """L*, which energies are counted from: `init_loss`, or the lowest loss of any draw if that is clearly lower."""
+        lowest = float(self.loss.min())
+        return lowest if lowest < self.init_loss - _CLEARLY * self.rounding else self.init_loss
 
     @property
     def status(self) -> str:
@@ -145,7 +149,8 @@ class Ladder:
                 f"{self.exchange[worst]:.2g} only, as at a first-order transition: narrow the base measure, or end below it"
             )
         gaps = self._family_gaps
-        far = np.flatnonzero(~(np.abs(gaps[0]) <= np.maximum(family_limit(len(self.is_from_base)) * gaps[1], _GAP)))
+        limits = np.clip(family_limit(len(self.is_from_base)) * gaps[1], *_GAPS)
+        far = np.flatnonzero(~(np.abs(gaps[0]) <= limits))
         if len(far):
             found.append(
                 f"chains from the base and from the weights disagree in log Z from nbeta {self.nbetas[far[0]]:.3g} on, by "
@@ -160,8 +165,10 @@ class Ladder:
         return tuple(found)
 
     @cached_property
-    def round_trips(self) -> float:
-        """Mean number of a chain's replicas' trips from the base to the top and back, per chain."""
+    def round_trips(self) -> float | None:
+        """Mean number of a chain's replicas' trips from the base to the top and back, per chain; None if rungs do not swap."""
+        if self.replica is None:
+            return None
         num_rungs, num_chains, _ = self.replica.shape
         trips = 0
         for c in range(num_chains):
@@ -364,6 +371,11 @@ _MIN_SHARE = 0.05
 _NUM_READ, _NUM_BLOCKS = 12, 10
 """A learning coefficient is read from at most 12 rungs; blocks of draws, longer than chains remember, count as independent."""
 
+_CLEARLY = 6.0
+"""Standard deviations of rounding: of as many draws as a ladder has, none comes so far by chance."""
+
 _MAX_ROUNDING = 0.01
-_GAP = 0.1
+_GAPS = 0.1, 2.0
+"""Nats of log Z by which the families may always differ, and by which they never may, however uncertain each is."""
+
 _MAX_DROP = 0.1

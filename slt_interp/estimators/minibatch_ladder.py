@@ -20,6 +20,7 @@ from slt_interp.data import BATCH_SIZE, MAX_FULL_BATCH, Batch, Minibatches, mean
 from slt_interp.errors import InputError
 from slt_interp.estimators.calibration import predicted_step_bias, settled_step_size
 from slt_interp.estimators.ladder import Ladder
+from slt_interp.estimators.rounding import loss_rounding
 from slt_interp.estimators.rungs import GROWTH, MAX_RUNGS, SCATTER, first_rung
 from slt_interp.posterior import LocalPosterior
 from slt_interp.samplers.chains import chain_mesh, sample
@@ -119,11 +120,10 @@ def minibatch_ladder(
         mean_loss=loss,
         squared_distance=readings.squared_distance,
         is_from_base=(np.arange(num_chains) < half)[is_finite],
-        replica=np.broadcast_to(np.arange(len(levels))[:, None, None], loss.shape),
+        replica=None,
         exchange=overlap.mean(axis=(1, 2)),
         init_loss=init_loss,
-        lowest_loss=float(min(init_loss, loss.min())),
-        rounding=float(np.finfo(np.float32).eps) * abs(init_loss),
+        rounding=float(loss_rounding(target, ends, data, MAX_FULL_BATCH)),
         base=target.base,
         dimension=dimension(params),
         params=readings.params,

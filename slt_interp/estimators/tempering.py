@@ -9,15 +9,15 @@ from functools import partial
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Int, Key
 
 from slt_interp.bases import BASES, Base
-from slt_interp.data import MAX_FULL_BATCH, Batch, mean_over_blocks
+from slt_interp.data import MAX_FULL_BATCH, Batch, is_large, mean_over_blocks
 from slt_interp.errors import InputError
 from slt_interp.estimators.ladder import Ladder
 from slt_interp.estimators.minibatch_ladder import minibatch_ladder
+from slt_interp.estimators.rounding import loss_rounding
 from slt_interp.estimators.rungs import BURNIN_PER_RUNG, Families, joined, place_rungs
 from slt_interp.estimators.volume_estimate import check_labels
 from slt_interp.posterior import LocalPosterior, LossFn, check_target
@@ -46,7 +46,7 @@ def temper(
     On more than 8,192 examples rungs are run one after the other by SGLD on minibatches of 512, with a control variate and
     without swaps; errors then cover what its step is predicted to add (see `minibatch_ladder` for the cost).
 
-    HMC costs about 8 gradients per chain, rung and step: a pilot of 150 steps on fewer rungs, 200 steps in which half of the
+    HMC costs about 8 gradients per chain, rung and step: a pilot of 150 steps on fewer rungs, 400 steps in which half of the
     chains are annealed from the base to the coldest rung, trials of 100 to 150 steps, and two for each rung before any draw
     is kept.
 
@@ -54,7 +54,8 @@ def temper(
         key: typed PRNG key.
         loss_fn: `(params, batch) -> scalar`, mean negative log-likelihood per example, nats.
         params: the trained weights w*, a pytree of floating arrays.
-        data: a pytree of arrays with a leading example axis; None if the loss ignores its batch.
+        data: a pytree of arrays with a leading example axis; None if the loss ignores its batch. With more than 8,192 examples
+            the loss must be a mean over them.
         base: a probability measure on the weights: `Gaussian`, `Box` or `Ball`.
         max_nbeta: the coldest rung; a volume at threshold eps needs about LLC / eps.
         num_chains: chains, an even number: half start at draws of the base, half at `params`.
@@ -62,7 +63,7 @@ def temper(
         keep_params: keep the weights of every rung and draw: they are what probes need, and memory.
         labels: `(params) -> int`, computed on every draw, splits volumes; see `Ladder.log_volume_by_label`.
         progress: whether to show progress bars.
-        checkpoint: a directory for draws and resumption, as in `sample`.
+        checkpoint: a directory for draws and resumption, as in `sample`; not on minibatches.
 
     Returns:
         A `Ladder`; `print` it for the verdict.
@@ -126,15 +127,13 @@ def ladders(
     check_target(target, params, data)
     if labels is not None:
         check_labels(labels, target.position(params))
-    lengths = {x.shape[0] if np.ndim(x) else 0 for x in jax.tree.leaves(data)}
-    is_large = len(lengths) == 1 and max(lengths) > MAX_FULL_BATCH
-    # The whole loss, as the chains see it: without minibatches it need not be a mean over examples.
-    whole = partial(target.loss, target.position(params))
-    init_loss = float(mean_over_blocks(whole, data, MAX_FULL_BATCH if is_large else None))
+    # Without minibatches the loss need not be a mean over examples.
+    block_size = MAX_FULL_BATCH if is_large(data) else None
+    init_loss = float(mean_over_blocks(partial(target.loss, target.position(params)), data, block_size))
     if not np.isfinite(init_loss):
         raise InputError(f"the loss is not finite at params, but {init_loss}: check loss_fn there")
     place_key, run_key = jax.random.split(key)
-    if is_large:
+    if block_size is not None:
         if checkpoint is not None:
             raise InputError(
                 f"a ladder on more than {MAX_FULL_BATCH:,} examples runs on minibatches, and keeps no checkpoint: leave it "
@@ -175,7 +174,6 @@ def _ladder(kernel: ReplicaExchange, runs: tuple[Draws, Draws], data: Batch, ini
     loss = by_rung(readings.loss).astype(np.float64)
     sizes = [int(draws.is_finite.sum()) for draws in runs]
     coldest = jax.tree.map(lambda x: x[:, -1], joined(runs, lambda draws: draws.state.params))
-    rounding = float(_rounding(kernel.target, coldest, data))
     return Ladder(
         nbetas=np.asarray(kernel.target.nbeta, np.float64),
         loss=loss,
@@ -185,8 +183,7 @@ def _ladder(kernel: ReplicaExchange, runs: tuple[Draws, Draws], data: Batch, ini
         replica=by_rung(readings.replica),
         exchange=readings.exchange.mean(axis=(0, 1), dtype=np.float64),
         init_loss=init_loss,
-        lowest_loss=float(loss.min()) if loss.min() < init_loss - _CLEARLY * rounding else init_loss,
-        rounding=rounding,
+        rounding=float(loss_rounding(kernel.target, coldest, data)),
         base=kernel.target.base,
         dimension=dimension(kernel.target.center),
         params=jax.tree.map(by_rung, readings.params),
@@ -194,25 +191,3 @@ def _ladder(kernel: ReplicaExchange, runs: tuple[Draws, Draws], data: Batch, ini
         gradients_per_chain=spent + float(np.mean([draws.num_gradients.mean() for draws in runs])),
         labels=jax.tree.map(by_rung, readings.labels),
     )
-
-
-@jax.jit
-def _rounding(target: LocalPosterior, params: Params, data: Batch) -> Float[Array, ""]:
-    """Estimate the standard deviation of the loss's rounding around some weights (chain, ...).
-
-    What remains of fourth differences along a line of relative steps 2^-12 is not smooth; and a float is rounded itself.
-    """
-    steps = 1 + 2.0**-12 * jnp.arange(13)
-
-    def along(params: Params) -> Float[Array, " step"]:
-        return jax.lax.map(lambda step: target.loss(jax.tree.map(lambda w: step * w, params), data), steps)
-
-    losses = jax.lax.map(along, params)
-    # The line may lead out of where the loss is finite.
-    losses = jnp.where(jnp.isfinite(losses).all(axis=1, keepdims=True), losses, jnp.nan)
-    of_terms = jnp.nanmean(jnp.diff(losses, n=4) ** 2) / 70
-    return jnp.nan_to_num(jnp.sqrt(of_terms + (jnp.finfo(losses.dtype).eps * jnp.nanmean(losses)) ** 2 / 12))
-
-
-_CLEARLY = 6.0
-"""Standard deviations of rounding: of as many draws as a ladder has, none comes so far by chance."""

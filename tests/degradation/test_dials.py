@@ -109,7 +109,6 @@ def test_rungs_of_a_ladder_are_a_dial(key):
         replica=np.zeros(loss.shape, int),
         exchange=np.ones(3),
         init_loss=float(loss_fn(PARAMS, DATA)),
-        lowest_loss=float(loss_fn(PARAMS, DATA)),
         rounding=0.0,
         base=Gaussian(PARAMS, 0.5**0.5),
         dimension=5,

@@ -48,9 +48,13 @@ def test_energies_and_partition_functions_are_exact(problem, ladder):
 
 
 def test_errors_cover_what_the_step_adds(ladder):
-    # The step is chosen so as to add a hundredth of the dimension's share, d / 2.
+    # The step is chosen so as to add a hundredth of the estimate, at most d / 2, by the trace of one batch; that of another
+    # predicts what it adds. Both are means of 512 x 4 squares, known to sqrt(2 / 2048) = 3 %, and as much for the probes: 4
+    # standard errors of their ratio are 25 %.
     assert ladder.step_bias[0] == 0
-    assert np.all((ladder.step_bias[1:] > 0) & (ladder.step_bias[1:] < 0.02 * DIMENSION / 2))
+    assert np.all((ladder.step_bias[1:] > 0) & (ladder.step_bias[1:] < 1.25 * 0.01 * DIMENSION / 2))
+    assert ladder.round_trips is None
+    assert "round trips" not in str(ladder)
     assert np.all(ladder.llc_curve().std_error >= ladder.step_bias[1:])
 
 
