@@ -73,7 +73,12 @@ class LearningCoefficient:
             for i, share in zip(order, self.probability[order], strict=True)
             if share >= 1 - _RESOLVED
         ]
-        verdict = [] if self.is_resolved else ["the draws do not tell the multiplicity: take more, or a larger max_nbeta"]
+        verdict = []
+        if not self.is_resolved:
+            verdict = [
+                f"the draws do not tell the multiplicity (at most {len(self.probability)} was considered, and the coefficient "
+                "grows with it): take more, or a larger max_nbeta"
+            ]
         return "\n- ".join([f"Learning coefficient {', or '.join(found)}", *verdict, *self.warnings])
 
 

@@ -18,14 +18,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from slt_interp.bases import Base, FloatGrid, Gaussian
 from slt_interp.curvature.gaussian import log_ellipsoid_mass
 from slt_interp.curvature.spectrum import DENSE_LIMIT, dense_hessian
-from slt_interp.data import Batch, FullBatch
+from slt_interp.data import MAX_FULL_BATCH, Batch, FullBatch, Minibatches, is_large
 from slt_interp.errors import InputError
-from slt_interp.estimators.ladder import Ladder
+from slt_interp.estimators.ladder import Ladder, LogVolume
 from slt_interp.estimators.llc import DO_NOT_TRUST, OK
 from slt_interp.estimators.rays import ray_volume
 from slt_interp.estimators.subset import subset_simulation
@@ -56,7 +56,8 @@ def estimate_volume(
         loss_fn: any scalar function `(params, batch) -> scalar`: mean negative log-likelihood, `behavioral_kl`, an error rate.
             Rays and the Gaussian need its derivatives, subset simulation is faster with them.
         params: the trained weights.
-        data: passed to the loss whole; None if it ignores its batch.
+        data: passed to the loss whole; None if it ignores its batch. "tempering" on more than 8,192 examples takes minibatches,
+            and the loss must be a mean over examples.
         thresholds: the eps, nats above the loss at params (or the loss's units), positive and increasing.
         base: `Gaussian`, `Box`, `Ball`, or for the number of configurations of a floating-point format `FloatGrid`.
         method: "tempering", "subset", "rays" or "gaussian".
@@ -139,20 +140,18 @@ def tempered_volume(
     )
     ladder = next(growing)
     for _ in range(max_rounds - 1):
-        if _is_enough(ladder, thresholds, precision):
+        if _is_enough(ladder, _read(ladder, thresholds), precision):
             break
         ladder = next(growing)
-    reached = np.array([ladder.reaches(threshold) for threshold in thresholds])
-    if not reached.any():
+    reading = _read(ladder, thresholds)
+    if reading is None:
         raise InputError(
             f"draws at nbeta {max_nbeta:.3g} hardly reach the largest threshold, {thresholds[-1]:.3g}, above the loss at "
             "params: move the base measure nearer to params, or raise the thresholds"
         )
-    found = ladder.log_volume(thresholds[reached])
-    apart = np.abs(found.log_volume - found.saddle_point)
-    reasons = []
-    far, uneven = ~(found.family_gap <= _MAX_GAP), ~(apart <= _MAX_SADDLE_GAP)
-    drifting = ~(found.half_gap <= _MAX_GAP)
+    reached, found, saddle_gap = reading
+    far, uneven = ~(found.family_gap <= _MAX_GAP), ~(saddle_gap <= _MAX_SADDLE_GAP)
+    drifting, reasons = ~(found.half_gap <= _MAX_GAP), []
     if not reached.all():
         reasons.append(
             f"hardly a draw at nbeta {max_nbeta:.3g} lies below thresholds up to {thresholds[~reached][-1]:.3g}: call "
@@ -165,7 +164,7 @@ def tempered_volume(
         )
     if uneven.any():
         reasons.append(
-            f"weighted draws and the saddle point differ by up to {np.max(apart):.2g} nats, or there is none within the "
+            f"weighted draws and the saddle point differ by up to {saddle_gap.max():.2g} nats, or there is none within the "
             "ladder: call temper(num_draws=..., max_nbeta=...) with more"
         )
     if drifting.any():
@@ -203,25 +202,41 @@ def tempered_volume(
     )
 
 
-def _is_enough(ladder: Ladder, thresholds: Float[np.ndarray, " threshold"], precision: float) -> bool:
-    """Whether errors are small at all thresholds that are reached, or more draws would not help."""
+class _Reading(NamedTuple):
+    """Which thresholds a ladder reaches, its log volumes there, and how far the saddle point's are from them (or NaN)."""
+
+    reached: Bool[np.ndarray, " threshold"]
+    found: LogVolume
+    saddle_gap: Float[np.ndarray, " reached"]
+
+
+def _read(ladder: Ladder, thresholds: Float[np.ndarray, " threshold"]) -> _Reading | None:
     reached = np.array([ladder.reaches(threshold) for threshold in thresholds])
-    if not reached.any() or ladder.exchange.min() < _MIN_EXCHANGE:
-        return True
+    if not reached.any():
+        return None
     found = ladder.log_volume(thresholds[reached])
-    limit = precision * np.maximum(1.0, np.abs(found.log_volume) / 10)
+    return _Reading(reached, found, np.abs(found.log_volume - found.saddle_point))
+
+
+def _is_enough(ladder: Ladder, reading: _Reading | None, precision: float) -> bool:
+    """Whether errors are small at all thresholds that are reached, or more draws would not help."""
+    if reading is None or ladder.exchange.min() < _MIN_EXCHANGE:
+        return True
+    limit = precision * np.maximum(1.0, np.abs(reading.found.log_volume) / 10)
     # The error covers the difference between the families. Where there is no saddle point there will be none.
-    is_apart = np.abs(found.log_volume - found.saddle_point) > _MAX_SADDLE_GAP
-    return bool(np.all((found.std_error <= limit) & ~is_apart & ~(found.half_gap > _MAX_GAP)))
+    is_apart, is_drifting = reading.saddle_gap > _MAX_SADDLE_GAP, reading.found.half_gap > _MAX_GAP
+    return bool(np.all((reading.found.std_error <= limit) & ~is_apart & ~is_drifting))
 
 
 def _coldest(key: Key[Array, ""], target: LocalPosterior, params: Params, data: Batch, progress: bool) -> tuple[float, float]:
     """Choose the coldest rung: twice (1 + LLC) / eps, beyond the saddle point, with the LLC of a short run there.
 
-    The first run is at the nbeta of `target`, 1 / eps. Where the LLC rises with nbeta, as in a network, others follow. Also
-    returns the gradients of all.
+    The first run is at the nbeta of `target`, 1 / eps. Where the LLC rises with nbeta, as in a network, others follow. Of many
+    examples a part is enough. Also returns the gradients of all.
     """
     check_target(target, params, data)
+    if is_large(data):
+        data = Minibatches(data, MAX_FULL_BATCH)(key)
     init_loss = float(target.loss(target.position(params), data))
     coldest = threshold_nbeta = float(target.nbeta)
     spent = 0.0
