@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
@@ -45,7 +46,9 @@ class MLP:
         """Draw initial weights (flax's defaults): {"layers": {i: {"kernel": (in, out), "bias": (out,)}}}."""
         return nnx.to_pure_dict(nnx.state(_Module(self.widths, self.activation, nnx.Rngs(key)), nnx.Param))
 
-    def apply(self, params: Params, inputs: Float[Array, "example input"], tap: Tap = no_tap) -> Float[Array, "example output"]:
+    def apply(
+        self, params: Params, inputs: Float[Array, "*example input"], tap: Tap = no_tap
+    ) -> Float[Array, "*example output"]:
         """Compute the logits, calling `tap` at the inputs and at every hidden layer."""
         return nnx.merge(_graph(self), params)(inputs, tap)
 
@@ -64,12 +67,14 @@ class _Module(nnx.Module):
     def __call__(self, inputs: Array, tap: Tap) -> Array:
         *hidden, head = self.layers
         # Examples run along the last axis within: products of a few units are faster so on CPUs.
-        activation = tap(INPUTS, inputs).T
+        activation = jnp.moveaxis(tap(INPUTS, inputs), -1, 0)
         for i, layer in enumerate(hidden):
-            activation = tap(f"layer{i + 1}", self.activation(_affine(layer, activation)).T).T
-        return _affine(head, activation).T
+            rows = jnp.moveaxis(self.activation(_affine(layer, activation)), 0, -1)
+            activation = jnp.moveaxis(tap(f"layer{i + 1}", rows), -1, 0)
+        return jnp.moveaxis(_affine(head, activation), 0, -1)
 
 
-def _affine(layer: nnx.Linear, columns: Float[Array, "in example"]) -> Float[Array, "out example"]:
+def _affine(layer: nnx.Linear, columns: Float[Array, "in *example"]) -> Float[Array, "out *example"]:
     assert layer.bias is not None, "every layer is made with a bias"
-    return layer.kernel[...].T @ columns + layer.bias[...][:, None]
+    products = jnp.tensordot(layer.kernel[...], columns, axes=(0, 0))
+    return products + layer.bias[...].reshape(-1, *[1] * (products.ndim - 1))

@@ -28,6 +28,15 @@ def test_equal_networks_share_compiled_functions(key):
     assert len(traces) == 1
 
 
+def test_one_example_and_any_axes_of_examples(key):
+    network = MLP((3, 4, 4, 2))
+    params, inputs = network.init(key), jax.random.normal(key, (5, 6, 3))
+    whole = network.apply(params, inputs)
+    assert whole.shape == (5, 6, 2)
+    np.testing.assert_allclose(network.apply(params, inputs[1, 2]), whole[1, 2], rtol=1e-5)
+    np.testing.assert_allclose(network.apply(params, inputs[1]), whole[1], rtol=1e-5)
+
+
 def test_network_maps_over_weights(key):
     network = MLP((3, 4, 2))
     params = jax.vmap(network.init)(jax.random.split(key, 6))
