@@ -3,8 +3,8 @@
 Chains that start at a cold rung at draws of the base fall into the next valley, and stay there; a replica that comes down by
 swaps is long on its way. A population goes from rung to rung, and at each one loses those that fell into a narrow valley:
 members are resampled with the weights exp(-(nbeta' - nbeta) L), and then move. One population ends in one valley, by chance
-where valleys differ at the coldest rungs only. So there are two for each chain, with an estimate of the partition function
-each, and chains start where that is large.
+where valleys differ at the coldest rungs only. So each chain has two, with an estimate of the partition function each, and
+starts where that is large. Chains share none: what their starts make of energies shows in the spread between them.
 
 References:
     Hukushima and Iba (2003), Population annealing and its application to a spin glass.
@@ -57,8 +57,6 @@ def _anneal(
     """Resample every population at each rung, and make `_MOVES` steps there; then let chains choose."""
     populations = num_chains * _POPULATIONS
     count = populations * _PARTICLES
-    # Those of the same population that are chosen are different members.
-    members = jnp.arange(populations) % _PARTICLES
 
     def move(keys: Key[Array, " particle"], starts: Params, kernel: ReplicaExchange, settings: tuple, data: Batch) -> tuple:
         def one(arguments: tuple[Key[Array, ""], Params]) -> tuple[Params, Array]:
@@ -84,7 +82,8 @@ def _anneal(
         picked = jax.vmap(_resampled)(jax.random.split(pick_key, populations), log_weights)
         starts = _taken(positions, (picked + _PARTICLES * jnp.arange(populations)[:, None]).ravel())
         positions, losses = moved(jax.random.split(move_key, count), starts, kernel, settings, data)
-        chosen = (_PARTICLES * _resampled(choose_key, log_z) + members)[::_POPULATIONS]
+        which = jax.random.categorical(choose_key, _known(log_z.reshape(num_chains, _POPULATIONS)))
+        chosen = _PARTICLES * (which + _POPULATIONS * jnp.arange(num_chains))
         # No trajectory leads away from where the loss is infinite: such a chain starts at the given weights, as in `init`.
         is_finite = jnp.isfinite(losses)[chosen]
         left = jax.tree.map(
@@ -104,11 +103,16 @@ def _anneal(
 
 
 def _resampled(key: Key[Array, ""], log_weights: Float[Array, " particle"]) -> Int[Array, " particle"]:
-    """Pick as many as there are, each as often as its weight says but for less than once (systematically); if none has, any."""
-    shares = jax.nn.softmax(jnp.where(jnp.any(log_weights > -jnp.inf), log_weights, 0.0))
+    """Pick as many as there are, each as often as its weight says but for less than once (systematically)."""
+    shares = jax.nn.softmax(_known(log_weights))
     count, totals = len(shares), jnp.cumsum(shares)
     places = totals[-1] * (jnp.arange(count) + jax.random.uniform(key)) / count
     return jnp.minimum(jnp.searchsorted(totals, places, side="right"), count - 1)
+
+
+def _known(log_weights: Float[Array, "*population particle"]) -> Float[Array, "*population particle"]:
+    """Let anybody be picked where nobody has a weight."""
+    return jnp.where(jnp.any(log_weights > -jnp.inf, axis=-1, keepdims=True), log_weights, 0.0)
 
 
 def _taken(positions: Params, indices: Int[Array, " particle"]) -> Params:
