@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Key
 
 from slt_interp.curvature.operators import hvp
@@ -127,7 +128,7 @@ def settled_step_size(
 def predicted_step_bias(key: Key[Array, ""], target: LocalPosterior, step_size: Real, points: Params, batch: Batch) -> float:
     """Predict what SGLD's step_size adds to E[nbeta (L - L*)]: (step_size / 8) nbeta tr H, the first order of its exact law.
 
-    What minibatch noise adds, (step_size / 8) nbeta sum h_i v_i / s_i, is not in it.
+    What minibatch noise adds is not in it; see `predicted_noise_bias`.
 
     Args:
         key: for the trace estimate.
@@ -140,6 +141,27 @@ def predicted_step_bias(key: Key[Array, ""], target: LocalPosterior, step_size: 
     return float(step_size) * float(target.nbeta) * float(jnp.mean(traces)) / 8
 
 
+def predicted_noise_bias(
+    key: Key[Array, ""],
+    target: LocalPosterior,
+    step_size: Real,
+    points: Params,
+    batches: Callable[[Key[Array, ""]], Batch],
+) -> float:
+    """Predict what minibatch noise of covariance V adds to E[nbeta (L - L*)]: (step_size / 8) tr V, or less.
+
+    To first order it is (step_size / 8) sum_i v_i nbeta h_i / (nbeta h_i + gamma): tr V counts flat directions in full.
+
+    Args:
+        key: for 8 batches, on which the gradient of the potential is compared.
+        target: what was sampled, with its control variate if there is one.
+        step_size: the kernel's.
+        points: draws, (chain, ...), over which V is averaged.
+        batches: what the kernel saw.
+    """
+    return float(step_size) * float(_minibatch_noise(key, target, points, batches)) / 8
+
+
 def _resolved(spectrum: Spectrum, nbeta: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return k = nbeta h, how many directions each stands for, and whether curvature resolves them."""
     values = np.maximum(spectrum.ritz_values, 0.0)
@@ -149,7 +171,7 @@ def _resolved(spectrum: Spectrum, nbeta: float) -> tuple[np.ndarray, np.ndarray,
 
 _PILOT_ROUNDS, _PILOT_CHAINS, _PILOT_STEPS = 2, 4, 100
 
-_POWER_ITERATIONS, _TRACE_PROBES = 12, 4
+_POWER_ITERATIONS, _TRACE_PROBES, _NOISE_BATCHES = 12, 4, 8
 
 _MAX_HALVINGS = 40
 
@@ -196,6 +218,20 @@ def _largest_step(
         # Nothing to weigh the bias against: keep it to the tolerance in the stiffest direction.
         return 4 * tolerance / stiffest
     return min(2.0 / stiffest, tolerance * energy / added_per_step)
+
+
+@jax.jit
+def _minibatch_noise(
+    key: Key[Array, ""], target: LocalPosterior, points: Params, batches: Callable[[Key[Array, ""]], Batch]
+) -> Float[Array, ""]:
+    """Mean over points of the trace of the covariance that minibatches give the gradient of the potential."""
+
+    def one(point: Params) -> Array:
+        keys = jax.random.split(key, _NOISE_BATCHES)
+        gradients = jax.lax.map(lambda key: target.value_and_grad(point, batches(key))[1], keys)
+        return jnp.sum(jnp.var(jax.vmap(lambda g: ravel_pytree(g)[0])(gradients), axis=0, ddof=1))
+
+    return jnp.mean(jax.lax.map(one, points))
 
 
 @jax.jit

@@ -185,21 +185,29 @@ class Ladder:
         energy = nbetas * (self.mean_loss[1:] - self.lowest_loss)
         deviation = nbetas * (self.loss[1:] - self.loss[1:].mean(axis=(1, 2), keepdims=True))
         values = [(x.mean(axis=(1, 2)), np.array([self._error(rung) for rung in x])) for x in (energy, deviation**2)]
-        llc, std_error = values[0]
-        known = np.maximum(self.nbetas[1:] * self.rounding, np.abs(self._biases[0][1:]))
-        return LLCCurve(self.nbetas[1:], llc, np.hypot(std_error, known), *values[1])
+        (llc, std_error), (heat, heat_error) = values
+        bias = self._biases[0][1:]
+        # Where a step adds to an energy that is gamma distributed, it adds twice that to its variance.
+        return LLCCurve(
+            self.nbetas[1:],
+            llc,
+            np.hypot(std_error, np.maximum(self.nbetas[1:] * self.rounding, bias)),
+            heat,
+            np.hypot(heat_error, 2 * bias),
+        )
 
     def log_partition(self) -> LogPartition:
         """Estimate log Z of every rung by MBAR; standard errors include the difference between the families."""
         log_z, error = self._pooled.log_partition()
-        error = np.maximum(error, np.abs(self._family_gaps[0]) / 2)
-        return LogPartition(self.nbetas, log_z, np.hypot(error, self._biases[1]))
+        known = np.hypot(self._biases[1], self.nbetas * self.rounding)
+        return LogPartition(self.nbetas, log_z, np.hypot(np.maximum(error, np.abs(self._family_gaps[0]) / 2), known))
 
     def learning_coefficient(self) -> LearningCoefficient:
         """Estimate the learning coefficient for each multiplicity from energies and log Z; see `fit_coefficient`.
 
         It is that of the base measure's whole support: the smallest of all minima there, at most the local one at the weights.
-        Rungs so cold that the loss's rounding moves their energy by .01 nats are left out.
+        Rungs so cold that the loss's rounding moves their energy by .01 nats, or that all their draws have one loss, are left
+        out. Errors are those of ten blocks of each chain's draws, too small where chains remember more than a tenth of the run.
 
         Raises:
             InputError: for ladders of too few rungs, chains or draws.
@@ -209,13 +217,15 @@ class Ladder:
             return replace(OF_CONSTANT_LOSS, warnings=self.warnings)
         last = int(np.sum(self.nbetas[1:] * self.rounding <= _MAX_ROUNDING))
         picked = np.unique(np.linspace(min(1, last), last, _NUM_READ).round().astype(int))
+        # Where all draws have one loss there is nothing to weigh by.
+        picked = picked[(picked > 0) & (np.ptp(self.mean_loss[picked], axis=(1, 2)) > 0)]
         energy = self.nbetas[picked, None, None] * (self.mean_loss[picked] - self.lowest_loss)
         num_samples, num_readings = num_chains * _NUM_BLOCKS, 2 * len(picked) - 1
         if len(picked) < MIN_RUNGS or num_draws < _NUM_BLOCKS or num_samples < num_readings + 4:
             raise InputError(
                 f"a learning coefficient needs {MIN_RUNGS} rungs above the base, 4 chains and {_NUM_BLOCKS} draws, but this "
-                f"ladder has {last} that the loss's rounding does not touch, {num_chains} and {num_draws}: raise max_nbeta, "
-                "num_chains or num_draws"
+                f"ladder has {len(picked)} whose losses differ by more than rounding, {num_chains} and {num_draws}: "
+                "raise max_nbeta, num_chains or num_draws"
             )
         means = energy.mean(axis=(1, 2))
         moved = block_sums(energy - means[:, None, None], _NUM_BLOCKS).T / energy[0].size

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from slt_interp.data import BATCH_SIZE, MAX_FULL_BATCH, Batch, Minibatches, mean_over_blocks, num_examples
 from slt_interp.errors import InputError
-from slt_interp.estimators.calibration import predicted_step_bias, settled_step_size
+from slt_interp.estimators.calibration import predicted_noise_bias, predicted_step_bias, settled_step_size
 from slt_interp.estimators.ladder import Ladder
 from slt_interp.estimators.rounding import loss_rounding
 from slt_interp.estimators.rungs import GROWTH, MAX_RUNGS, SCATTER, first_rung
@@ -84,6 +84,10 @@ def minibatch_ladder(
     nbeta = min(first_rung(first_key, target, params, seen, top), top / GROWTH**3)
     nbetas, biases, gradients, is_finite = [0.0], [0.0], 0.0, np.ones(num_chains, bool)
     starts = _base_draws(target, position, base_keys[:half, 0])
+    # No step leads away from where the loss is infinite.
+    starts = jax.tree.map(
+        lambda x, w: jnp.where(np.isfinite(found[0].loss[:half, 0]).reshape(-1, *[1] * w.ndim), x, w), starts, position
+    )
     controlled = target.with_control_variate(data)
     while nbetas[-1] < top:
         if len(nbetas) > MAX_RUNGS:
@@ -91,7 +95,7 @@ def minibatch_ladder(
                 f"more than {MAX_RUNGS} rungs reach nbeta {nbeta:.3g} only, of {top:.3g}: narrow the base measure, or end at a "
                 "smaller nbeta"
             )
-        step_key, bias_key, batch_key, *run_keys = jax.random.split(jax.random.fold_in(rungs_key, len(nbetas)), 5)
+        step_key, bias_key, batch_key, noise_key, *run_keys = jax.random.split(jax.random.fold_in(rungs_key, len(nbetas)), 6)
         rung = replace(controlled, nbeta=nbeta)
         step_size = settled_step_size(step_key, rung, params, batches)
         kernel = SGLD(rung, step_size)
@@ -101,14 +105,16 @@ def minibatch_ladder(
             for run_key, start in zip(run_keys, (starts, center), strict=True)
         ]
         starts = runs[0].state.params
-        ends = jax.tree.map(lambda *x: jnp.concatenate(x), *(draws.state.params for draws in runs))
-        biases.append(predicted_step_bias(bias_key, rung, step_size, ends, batches(batch_key)))
         nbetas.append(nbeta)
         is_finite &= np.concatenate([draws.is_finite for draws in runs])
+        # The mean over chains is of those that are not lost.
+        ends = jax.tree.map(lambda *x, kept=is_finite: jnp.concatenate(x)[kept], *(draws.state.params for draws in runs))
+        bias = predicted_step_bias(bias_key, rung, step_size, ends, batches(batch_key))
+        biases.append(bias + predicted_noise_bias(noise_key, rung, step_size, ends, batches))
         gradients += float(np.mean([draws.num_gradients.mean() for draws in runs]))
         found.append(jax.tree.map(lambda *x: np.concatenate(x), *(draws.collected for draws in runs)))
         scatter = nbeta * np.sqrt(np.mean([np.var(draws.collected.loss[draws.is_finite]) for draws in runs]))
-        nbeta = min(top, nbeta * float(np.exp(min(np.log(GROWTH), SCATTER / scatter))))
+        nbeta = min(top, nbeta * float(np.exp(SCATTER / max(scatter, SCATTER / np.log(GROWTH)))))
     # A chain that was lost at one rung has no start at the next.
     readings = jax.tree.map(lambda *x: np.stack(x)[:, is_finite], *found)
     loss = readings.loss.astype(np.float64)
@@ -151,8 +157,9 @@ class _Read:
     def __call__(self, target: LocalPosterior, data: Batch, state: SGLDState, info: Info) -> _Reading:
         del info
         displacement = target.displacement(state.params)
+        loss = mean_over_blocks(lambda batch: target.loss(state.params, batch), data, MAX_FULL_BATCH)
         return _Reading(
-            mean_over_blocks(lambda batch: target.loss(state.params, batch), data, MAX_FULL_BATCH),
+            jnp.where(jnp.isnan(loss), jnp.inf, loss),
             dot(displacement, displacement),
             state.params if self.keep_params else None,
             None if self.labels is None else self.labels(state.params),

@@ -5,6 +5,7 @@ the trained weights, run on them and never meet.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -113,7 +114,10 @@ def ladders(
     progress: bool = True,
     checkpoint: str | Path | None = None,
 ) -> Iterator[Ladder]:
-    """Yield the ladder of `temper`, and then the same one with twice the draws each time, for as long as more are asked for."""
+    """Yield the ladder of `temper`, and then one with twice the draws each time, for as long as more are asked for.
+
+    Without minibatches it is the same ladder, and begins with the draws before.
+    """
     check_key(key)
     if not isinstance(base, BASES):
         raise InputError(f"base must be a Gaussian, Box or Ball, but is {type(base).__name__}")
@@ -140,8 +144,12 @@ def ladders(
                 "out, or give fewer examples"
             )
         settings = {"num_chains": num_chains, "keep_params": keep_params, "labels": labels, "progress": progress}
+        spent = 0.0
         while True:
-            yield minibatch_ladder(run_key, target, params, data, init_loss, num_draws=num_draws, **settings)
+            # Its rungs are found on the way: with more draws they are others, and all are run again.
+            ladder = minibatch_ladder(run_key, target, params, data, init_loss, num_draws=num_draws, **settings)
+            spent += ladder.gradients_per_chain
+            yield replace(ladder, gradients_per_chain=spent)
             num_draws *= 2
     families = Families(params, data, num_chains // 2, progress)
     folder = None if checkpoint is None else Path(checkpoint)

@@ -111,7 +111,8 @@ def tempered_volume(
     """Read log volumes from a ladder of temperatures, as cold as the smallest threshold asks; see `temper`.
 
     The first `num_draws` steps are doubled, in `max_rounds` at most, until the standard error of every threshold is at most
-    `precision` nats, or a tenth of that times |log V| where that is larger; other arguments are those of `estimate_volume`.
+    `precision` nats, or a tenth of that times |log V| where that is larger (an error that is looked at until it is small is a
+    little too small); other arguments are those of `estimate_volume`.
     No number is given for thresholds at which chains from the base and from the weights, halves of the draws, or weighted draws
     and the saddle point of the partition function disagree by more than a nat or two, or where neighbors hardly swap.
     """
@@ -235,8 +236,11 @@ def _coldest(key: Key[Array, ""], target: LocalPosterior, params: Params, data: 
     examples a part is enough. Also returns the gradients of all.
     """
     check_target(target, params, data)
+    key, seen_key = jax.random.split(key)
     if is_large(data):
-        data = Minibatches(data, MAX_FULL_BATCH)(key)
+        # The weights are no minimum of a part; with a control variate they are as much of one as of the whole.
+        target = target.with_control_variate(data)
+        data = Minibatches(data, MAX_FULL_BATCH)(seen_key)
     init_loss = float(target.loss(target.position(params), data))
     coldest = threshold_nbeta = float(target.nbeta)
     spent = 0.0

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from slt_interp import HMC, SGLD, FullBatch, Gaussian, LocalPosterior, keep_energy, llc, mean_loss, sample
+from slt_interp import HMC, SGLD, FullBatch, Gaussian, LocalPosterior, Minibatches, keep_energy, llc, mean_loss, sample
 from slt_interp.errors import InputError
-from slt_interp.estimators.calibration import predicted_step_bias, settled_step_size
+from slt_interp.estimators.calibration import predicted_noise_bias, predicted_step_bias, settled_step_size
 
 X = jax.random.normal(jax.random.key(3), (400, 6))
 DATA = {"x": X, "y": X @ jnp.arange(6.0) + jax.random.normal(jax.random.key(4), (400,))}
@@ -28,6 +28,16 @@ def test_predicted_step_bias_is_that_of_the_exact_law(key):
     # Hutchinson's estimate with z / |z| in 2 dimensions: sd of z H z 2 / |z|^2 is (4 - 1) / sqrt(2), over 200 probes.
     error = 1e-3 / 8 * 100 * 3 / np.sqrt(2 * 200)
     assert abs(predicted_step_bias(key, target, 1e-3, points, None) - 1e-3 / 8 * 100 * 5.0) < 4 * error
+
+
+def test_predicted_noise_bias_is_that_of_the_exact_law(key):
+    # A linear loss on minibatches of 10 examples: V is nbeta^2 / 10 times the covariance of the examples.
+    data = jax.random.normal(key, (1000, 300))
+    target = LocalPosterior(lambda w, b: jnp.mean(b @ w), jnp.zeros(300), 100.0, 1.0)
+    bias = predicted_noise_bias(key, target, 1e-3, jnp.zeros((2, 300)), Minibatches(data, 10))
+    exact = 1e-3 / 8 * 100.0**2 / 10 * float(jnp.sum(jnp.var(data, axis=0)))
+    # From 8 batches in 300 dimensions: chi-squared with 7 x 300 degrees of freedom.
+    assert abs(bias / exact - 1) < 4 * np.sqrt(2 / 2100)
 
 
 def test_error_of_init_loss_enters_the_error_bar(key):

@@ -129,12 +129,19 @@ def test_rounding_of_a_loss_with_an_offset_is_that_of_its_floats(offset):
 
 def test_rungs_that_rounding_reaches_give_no_coefficient():
     # Six rungs up to 100 above the base, .01 / rounding below the second of them.
-    with pytest.raises(InputError, match="this ladder has 1 that the loss's rounding does not touch"):
+    with pytest.raises(InputError, match="this ladder has 1 whose losses differ by more than rounding"):
         _synthetic(rounding=5e-3).learning_coefficient()
-    with pytest.raises(InputError, match="this ladder has 0 that the loss's rounding does not touch"):
+    with pytest.raises(InputError, match="this ladder has 0 whose losses differ by more than rounding"):
         _synthetic(rounding=1.0).learning_coefficient()
     ladder = _synthetic(rounding=1e-2)
     assert np.all(ladder.llc_curve().std_error >= ladder.nbetas[1:] * 1e-2)
+
+
+def test_rungs_whose_draws_all_have_one_loss_give_no_coefficient():
+    ladder = _synthetic()
+    flat = ladder.loss * (ladder.nbetas < 100)[:, None, None]
+    found = dataclasses.replace(ladder, loss=flat, mean_loss=flat).learning_coefficient()
+    assert np.all(np.isfinite([found.coefficients, found.std_errors]))
 
 
 @pytest.mark.slow
@@ -206,7 +213,7 @@ def test_learning_coefficient_needs_rungs_and_draws():
     whole = _synthetic()
     short = dataclasses.replace(whole, **{name: getattr(whole, name)[:4] for name in ("nbetas", "loss", "mean_loss")})
     with pytest.raises(
-        InputError, match=r"needs 4 rungs above the base, 4 chains and 10 draws, but this ladder has 3 that .* touch, 8 and 200"
+        InputError, match=r"needs 4 rungs above the base, 4 chains and 10 draws, but this ladder has 3 whose .* rounding, 8 and 200"
     ):
         short.learning_coefficient()
 
