@@ -346,13 +346,13 @@ class Ladder:
 
     def _log_mass(self, inside: Bool[np.ndarray, "rung chain draw"]) -> tuple[float, float, float]:
         """Estimate the log mass of a set of draws, its standard error, and the difference between the families."""
-        value, error = self._pooled.log_mass(inside)
-        gap = _gap(*(family.log_mass(inside[:, members])[0] for family, members in self._families))
+        gap = _gap(*(family.log_mass(inside[:, members]) for family, members in self._families))
+        error = max(self._pooled.log_mass_error(inside), gap / 2)
         # What energies are too large by, log Z at the coldest rung is too small by; a mass is between all of it and none.
-        return value, float(np.hypot(max(error, gap / 2), self._biases[1][-1])), gap
+        return self._pooled.log_mass(inside), float(np.hypot(error, self._biases[1][-1])), gap
 
     def _half_gap(self, inside: Bool[np.ndarray, "rung chain draw"]) -> float:
-        return _gap(*(half.log_mass(inside[:, :, part])[0] for half, part in self._halves))
+        return _gap(*(half.log_mass(inside[:, :, part]) for half, part in self._halves))
 
     def _saddle_point(self, threshold: float) -> float:
         """Invert Z(s) / s at its saddle: log V = log Z + N eps - log N - log(2 pi (Var + 1 / N^2)) / 2."""

@@ -39,21 +39,22 @@ class Reweighting:
         """Estimate log Z of every rung, 0 at nbeta 0, and its standard error."""
         return -self.free_energies, _spread(self.influences())
 
-    def log_mass(self, inside: Bool[_Array, "rung chain draw"]) -> tuple[float, float]:
-        """Estimate the log of the base measure's mass of a set of draws, and its standard error.
+    def log_mass(self, inside: Bool[_Array, "rung chain draw"]) -> float:
+        """Estimate the log of the base measure's mass of a set of draws: -inf for a set without any."""
+        log_weights = self._log_weights[inside]
+        peak = log_weights.max(initial=-np.inf)
+        return float(np.log(np.exp(log_weights - peak).sum()) + peak) if peak > -np.inf else -np.inf
 
-        -inf and NaN for a set without draws.
-        """
-        selected = np.where(inside, self._log_weights, -np.inf)
-        per_chain = np.exp(selected - self._peak(selected)).sum(axis=(0, 2))
-        total = per_chain.sum()
-        if not total > 0:
-            return -np.inf, np.nan
-        log_total = float(np.log(total) + self._peak(selected))
+    def log_mass_error(self, inside: Bool[_Array, "rung chain draw"]) -> float:
+        """Estimate the standard error of `log_mass`: NaN for a set without draws."""
+        log_total = self.log_mass(inside)
+        if log_total == -np.inf:
+            return np.nan
+        selected = np.exp(np.where(inside, self._log_weights - log_total, -np.inf))
         # Weights fall with the partition functions: d log w_n / d f_r = -(share of rung r in draw n).
-        share = np.exp(selected - log_total).ravel() @ self._shares.T
-        influence = per_chain / total - 1 / len(per_chain) - self.influences() @ share
-        return log_total, float(_spread(influence))
+        share = selected.ravel() @ self._shares.T
+        influence = selected.sum(axis=(0, 2)) - 1 / selected.shape[1] - self.influences() @ share
+        return float(_spread(influence))
 
     def moments(self, nbeta: float) -> tuple[float, float, float]:
         """Estimate log Z, mean and variance of the loss at any nbeta within the ladder."""
@@ -121,10 +122,6 @@ class Reweighting:
         curvature = np.diag(shares.sum(axis=1)) - shares @ shares.T
         moved = np.linalg.lstsq(curvature[1:, 1:], -excess[:, 1:].T, rcond=None)[0].T
         return np.concatenate([np.zeros((len(moved), 1)), moved], axis=1)
-
-    def _peak(self, log_weights: _Array) -> float:
-        peak = log_weights.max()
-        return float(peak) if np.isfinite(peak) else 0.0
 
 
 def block_sums(values: Float[_Array, "event chain draw"], num_blocks: int) -> Float[_Array, "event chain*block"]:
