@@ -90,7 +90,9 @@ class Reweighting:
         def hessian(free: _Array) -> _Array:
             log_terms = self._log_terms(free)
             shares = np.exp(log_terms[1:] - _log_sum_exp(log_terms))
-            return (np.diag(shares.sum(axis=1)) - shares @ shares.T) / shares.shape[1]
+            curvature = (np.diag(shares.sum(axis=1)) - shares @ shares.T) / shares.shape[1]
+            # Where no draws of two rungs overlap it is 0: what is left there is the integral of the start.
+            return curvature + _RIDGE * np.eye(len(free))
 
         tolerance = 1e-3 / np.sqrt(count) / len(self.nbetas)
         found = minimize(objective, start, jac=True, hess=hessian, method="trust-exact", options={"gtol": tolerance})
@@ -122,6 +124,10 @@ class Reweighting:
         curvature = np.diag(shares.sum(axis=1)) - shares @ shares.T
         moved = np.linalg.lstsq(curvature[1:, 1:], -excess[:, 1:].T, rcond=None)[0].T
         return np.concatenate([np.zeros((len(moved), 1)), moved], axis=1)
+
+
+_RIDGE = 1e-9
+"""Far below the curvature of rungs that swap, which is of order 1 / (number of rungs)."""
 
 
 def block_sums(values: Float[_Array, "event chain draw"], num_blocks: int) -> Float[_Array, "event chain*block"]:
