@@ -46,7 +46,7 @@ def test_mass_of_everything_is_one():
 def test_chains_that_stay_in_two_phases_have_an_error_as_wide_as_these():
     # Half of them are 2 nats per example above the others, 60,000 times 1 / nbeta at the last rung.
     nbetas = np.concatenate([[0.0], np.geomspace(1.0, 3e4, 12)])
-    losses = np.random.default_rng(0).gamma(5, 1 / (1 + nbetas)[:, None, None], (13, 4, 50))
+    losses = np.random.default_rng(2).gamma(5, 1 / (1 + nbetas)[:, None, None], (13, 4, 50))
     losses[1:, :2] += 2.0
     log_z, error = Reweighting(nbetas, losses).log_partition()
     assert np.all(np.isfinite(log_z))
