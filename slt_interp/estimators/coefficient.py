@@ -73,12 +73,9 @@ class LearningCoefficient:
             for i, share in zip(order, self.probability[order], strict=True)
             if share >= 1 - _RESOLVED
         ]
-        verdict = []
-        if not self.is_resolved:
-            verdict = [
-                f"the draws do not tell the multiplicity (at most {len(self.probability)} was considered, and the coefficient "
-                "grows with it): take more, or a larger max_nbeta"
-            ]
+        verdict = [] if self.is_resolved else ["the draws do not tell the multiplicity: take more, or a larger max_nbeta"]
+        if verdict and len(self.probability) == MAX_MULTIPLICITY:
+            verdict.append(f"multiplicities above {MAX_MULTIPLICITY}, whose coefficients would be larger, are not considered")
         return "\n- ".join([f"Learning coefficient {', or '.join(found)}", *verdict, *self.warnings])
 
 

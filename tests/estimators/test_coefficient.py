@@ -107,6 +107,7 @@ def test_multiplicities_that_noise_hides_are_all_given():
     found = fit_coefficient(np.log(NBETAS), *np.split(readings, [len(NBETAS)]), covariance)
     assert not found.is_resolved
     assert "do not tell the multiplicity" in str(found)
+    assert "above 3" in str(found)
     assert found.covers(0.25, 2)
     assert not found.covers(0.25, 7)
 
