@@ -51,8 +51,8 @@ class Config:
     num_seeds: int = 1
     """Calls of each method."""
     num_chains: int = 4
-    num_draws: int = 200
-    """Of tempering."""
+    num_draws: tuple[int, ...] = (200, 1600, 200)
+    """Of tempering, under each base."""
     num_particles: int = 25
     num_descents: int = 4
     """Independent seeds within a call of subset simulation, of one round."""
@@ -70,6 +70,7 @@ SMOKE = Config(
     bases=("0.1",),
     methods=("subset", "gaussian"),
     thresholds=(0.3, 1.0),
+    num_draws=(200,),
     num_particles=20,
     num_examples=256,
     train_steps=500,
@@ -163,10 +164,9 @@ def _base(name: str, params: Params) -> Gaussian:
 
 
 def _ask(config: Config, params: Params, base: str, method: str, seed: int, thresholds: np.ndarray) -> VolumeEstimate:
+    num_draws = dict(zip(config.bases, config.num_draws, strict=True))[base]
     ask = {
-        "tempering": partial(
-            tempered_volume, num_chains=config.num_chains, num_draws=config.num_draws, max_rounds=1, progress=False
-        ),
+        "tempering": partial(tempered_volume, num_chains=config.num_chains, num_draws=num_draws, max_rounds=1, progress=False),
         "subset": partial(
             subset_simulation,
             num_particles=config.num_particles,

@@ -84,7 +84,7 @@ def _anneal(
         positions, losses = moved(jax.random.split(move_key, count), starts, kernel, settings, data)
         which = jax.random.categorical(choose_key, _known(log_z.reshape(num_chains, _POPULATIONS)))
         chosen = _PARTICLES * (which + _POPULATIONS * jnp.arange(num_chains))
-        # No trajectory leads away from where the loss is infinite: such a chain starts at the given weights, as in `init`.
+        # No gradient leads away from where the loss is infinite: such a chain starts at the given weights, as in `init`.
         is_finite = jnp.isfinite(losses)[chosen]
         left = jax.tree.map(
             lambda x, w: jnp.where(is_finite.reshape(-1, *[1] * w.ndim), x, w),

@@ -110,7 +110,7 @@ class ReplicaExchange:
             key, rung, settings = arguments
             kernel, draw = self.at(settings), self.draw(key, params)
             drawn, given = (kernel.init(key, w, batch) for w in (draw, self.target.position(params)))
-            # No trajectory leads away from where the loss is infinite, and a start need not be typical.
+            # No gradient leads away from where the loss is infinite, and a start need not be typical.
             is_finite = jnp.isfinite(drawn.loss) & jnp.isfinite(dot(drawn.gradient, drawn.gradient))
             is_drawn = (rung == 0) | (jnp.asarray(self.from_base) & is_finite)
             return jax.tree.map(lambda a, b: jnp.where(is_drawn, a, b), drawn, given)

@@ -7,7 +7,7 @@ of U in that direction, so this works where the Hessian at the center is zero; t
 way from the center is forgotten. The step size follows the acceptance probability by dual averaging (numpyro's).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,6 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from slt_interp.data import Batch
 from slt_interp.posterior import LocalPosterior
-from slt_interp.samplers.kernel import Info
 from slt_interp.tree import Params, Real, dimension, dot
 
 
@@ -99,6 +98,34 @@ def learned_scale(target: LocalPosterior, params: Params, squares: Params) -> Pa
     return jax.tree.map(lambda v, g: jnp.sqrt(1 / jnp.maximum(1 / v, g)), target.base.variance(params), squares)
 
 
+@jax.jit
+def balanced_scale(target: LocalPosterior, params: Params, squares: Params, places: Params) -> tuple[Params, Float[Array, ""]]:
+    """Find one number per coordinate where directions are not known: sigma neither as narrow nor as long as a bent valley.
+
+    Mean squared gradients tell how narrow it is in a coordinate, which may be long there, too: with sigma of `learned_scale`
+    chains hardly move along. Sigma squared is the geometric mean of that and of the squared distance from the center, averaged
+    over each array, as in nutpie. Where directions are coordinates both are the same.
+
+    Args:
+        target: the posterior.
+        params: the trained weights.
+        squares: mean squared gradients of the potential, like the weights.
+        places: where chains are, (chain, ...).
+
+    Returns:
+        sigma, and the factor by which the step of `learned_scale` changes: the variance of a trajectory's energy error is as
+        the sum of (step^2 sigma^2 curvature)^3.
+
+    References:
+        Seyboldt, Carlson and Carpenter (2026): the diagonal metric of least Fisher divergence, for nutpie.
+    """
+    width, narrow = target.base.variance(params), learned_scale(target, params, squares)
+    spread = jax.tree.map(lambda w, c, v: jnp.minimum(jnp.mean((w - c) ** 2 / v), 1.0), places, params, width)
+    sigma = jax.tree.map(lambda s, r, v: jnp.sqrt(s * jnp.maximum(s, jnp.sqrt(r * v))), narrow, spread, width)
+    stiffness = jax.tree.map(lambda s, n: (s / n) ** 6, sigma, narrow)
+    return sigma, (sum(map(jnp.sum, jax.tree.leaves(stiffness))) / dimension(params)) ** (-1 / 6)
+
+
 def learn(
     state: MetropolisState,
     acceptance: Float[Array, ""] | None,
@@ -128,13 +155,13 @@ def learn(
 
 
 def mixed_step(key: Key[Array, ""], step_size: Float[Array, ""]) -> tuple[Float[Array, ""], Bool[Array, ""]]:
-    """Draw the step of one transition: the whole one, or half of the time a smaller one; and whether it is whole.
+    """Draw the step of one transition: at least half of the given one, or, for a quarter of them, far less; and say which.
 
     Thin arms of a singular set are entered by small steps only, which the average acceptance does not show.
     """
     is_whole, smaller = jax.random.uniform(key, (2,))
     is_whole = is_whole < _WHOLE_STEPS
-    return step_size * jnp.where(is_whole, 1.0, jnp.exp(-_SMALLEST_STEP * smaller)), is_whole
+    return step_size * jnp.where(is_whole, 1 - smaller / 2, jnp.exp(-_SMALLEST_STEP * smaller)), is_whole
 
 
 @jax.jit
@@ -218,12 +245,14 @@ def select(condition: Bool[Array, ""], yes: Point, no: Point) -> Point:
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
 
 
-def blend(total: Info, info: Info, fraction: Float[Array, ""]) -> Info:
-    """Move averages toward `info` by a fraction; what has no weight may be non-finite. `is_finite` stays."""
-    return jax.tree.map(lambda a, b: a if a.dtype == bool else jnp.where(fraction > 0, a + fraction * (b - a), a), total, info)
+def blend(mean: Any, here: Any, there: Any, fraction: Float[Array, ""]) -> Any:
+    """Move averages by a fraction of the way from here to there; what has no weight may be non-finite. `is_finite` stays."""
+    return jax.tree.map(
+        lambda m, a, b: m if m.dtype == bool else jnp.where(fraction > 0, m + fraction * (b - a), m), mean, here, there
+    )
 
 
-_WHOLE_STEPS, _SMALLEST_STEP = 0.5, 3.5
+_WHOLE_STEPS, _SMALLEST_STEP = 0.75, 3.5
 
 
 def _stretch(target: LocalPosterior, scale: Params | Whitening, vector: Params) -> Params:

@@ -1,4 +1,4 @@
-"""Hamiltonian Monte Carlo that keeps every point of its trajectories."""
+"""Hamiltonian Monte Carlo that reads every point of its trajectories."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -36,10 +36,11 @@ from slt_interp.tree import Params, Real, normal_like, register_dataclass
 class HMC:
     """Sample by Hamiltonian trajectories on the full batch: no discretization bias, `num_leapfrog` gradients per step.
 
-    A transition is a trajectory of num_leapfrog + 1 points in which the present one has a random place; the next state
-    is one of them, drawn with weights exp(-energy). `Info` is averaged over all of them with those weights, which leaves
-    expectations as they are and is worth many end points. Half of the trajectories take a smaller step at random (see
-    `hamiltonian.mixed_step`). Warm-up adapts the step and sigma; without it sigma is 1 and the step the given one.
+    A transition proposes the end of a trajectory: between slow directions chains go furthest so. `Info` is averaged over the
+    trajectory: to each of its points alone the chain might have gone, and what it reads in the mean of that Metropolis step,
+    with probability min(1, exp(-energy error)) there and otherwise here, leaves expectations as they are. Steps are drawn at
+    random, so that no orbit closes on itself (see `hamiltonian.mixed_step`). Warm-up adapts the step and sigma; without it
+    sigma is 1 and the step the given one.
 
     Args:
         target: the distribution to sample.
@@ -85,34 +86,24 @@ class HMC:
     def _transition(
         self, key: Key[Array, ""], state: MetropolisState, batch: Batch
     ) -> tuple[MetropolisState, Info, Params, Bool[Array, ""]]:
-        step_key, momentum_key, place_key, choice_key = jax.random.split(key, 4)
+        step_key, momentum_key, test_key = jax.random.split(key, 3)
         time_step, is_whole = mixed_step(step_key, state.step_size)
         momentum = self.target.restrict(normal_like(momentum_key, state.params))
         here = Point(state.params, momentum, state.loss, state.gradient)
-        num_backward = jax.random.randint(place_key, (), 0, self.num_leapfrog + 1)
-        uniforms = jax.random.uniform(choice_key, (self.num_leapfrog,))
         scale = state.scale if self.scale is None else self.scale
+        first = inspect(self.target, here.params, here.loss, here.gradient), jax.tree.map(jnp.square, here.gradient)
 
-        def measure(point: Point) -> tuple[Info, Params]:
-            info = inspect(self.target, point.params, point.loss, point.gradient)
-            return info, jax.tree.map(jnp.square, point.gradient)
+        def advance(_: Array, carry: tuple) -> tuple:
+            end, _, means, acceptance = carry
+            end = leapfrog(self.target, scale, end, time_step, batch)
+            probability = jnp.exp(-jnp.maximum(energy_error(self.target, here, end), 0.0))
+            there = inspect(self.target, end.params, end.loss, end.gradient), jax.tree.map(jnp.square, end.gradient)
+            means = blend(means, first, there, probability / self.num_leapfrog)
+            return end, probability, means, acceptance + probability / self.num_leapfrog
 
-        def advance(i: Array, carry: tuple) -> tuple:
-            end, chosen, log_total, info, squares, acceptance = carry
-            # First the points before the present one; then from the present one onward.
-            end = select(i == num_backward, here, end)
-            end = leapfrog(self.target, scale, end, jnp.where(i < num_backward, -time_step, time_step), batch)
-            error = energy_error(self.target, here, end)
-            log_total = jnp.logaddexp(log_total, -error)
-            fraction = jnp.exp(-error - log_total)
-            chosen = select(uniforms[i] < fraction, end, chosen)
-            new_info, new_squares = measure(end)
-            squares = jax.tree.map(lambda a, b: a + jnp.where(fraction > 0, fraction * (b - a), 0.0), squares, new_squares)
-            acceptance = acceptance + jnp.exp(-jnp.maximum(error, 0.0)) / self.num_leapfrog
-            return end, chosen, log_total, blend(info, new_info, fraction), squares, acceptance
-
-        carry = (here, here, jnp.zeros_like(time_step), *measure(here), jnp.zeros_like(time_step))
-        _, chosen, _, info, squares, acceptance = jax.lax.fori_loop(0, self.num_leapfrog, advance, carry)
+        carry = here, jnp.zeros_like(time_step), first, jnp.zeros_like(time_step)
+        end, probability, (info, squares), acceptance = jax.lax.fori_loop(0, self.num_leapfrog, advance, carry)
+        chosen = select(jax.random.uniform(test_key) < probability, end, here)
         state = state._replace(params=chosen.params, loss=chosen.loss, gradient=chosen.gradient)
         info = info._replace(num_gradients=self.num_leapfrog * info.num_gradients, acceptance=acceptance)
         return state, info, squares, is_whole

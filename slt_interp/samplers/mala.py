@@ -33,7 +33,7 @@ class MALA:
 
     w' = w - (step_size / 2) sigma^2 grad U(w) + N(0, step_size sigma^2), accepted with probability min(1, exp(-energy error)).
 
-    Half of the transitions take a smaller step at random (see `hamiltonian.mixed_step`). `Info` is averaged over the two
+    A quarter of the transitions take a smaller step (see `hamiltonian.mixed_step`). `Info` is averaged over the two
     ends of a transition with their probabilities. Warm-up adapts the step and sigma; without it sigma is 1 and the step
     the given one.
 
@@ -82,14 +82,11 @@ class MALA:
         probability: Float[Array, ""] = jnp.exp(-jnp.maximum(energy_error(self.target, here, there), 0.0))
         accepted = jax.random.uniform(test_key) < probability
 
-        info = blend(
-            inspect(self.target, here.params, here.loss, here.gradient),
-            inspect(self.target, there.params, there.loss, there.gradient),
-            probability,
+        first, other = (
+            (inspect(self.target, point.params, point.loss, point.gradient), jax.tree.map(jnp.square, point.gradient))
+            for point in (here, there)
         )
-        squares = jax.tree.map(
-            lambda a, b: a**2 + jnp.where(probability > 0, probability * (b**2 - a**2), 0.0), here.gradient, there.gradient
-        )
+        info, squares = blend(first, first, other, probability)
         chosen = select(accepted, there, here)
         state = state._replace(params=chosen.params, loss=chosen.loss, gradient=chosen.gradient)
         return state, info._replace(acceptance=probability), squares, is_whole

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from slt_interp import HMC, FullBatch, LocalPosterior, keep_params, sample
-from slt_interp.samplers.hamiltonian import whitening
+from slt_interp.samplers.hamiltonian import balanced_scale, whitening
 
 CURVATURE = np.array([3000.0, 300.0, 30.0, 3.0, 0.3, 0.0])
 ROTATION = np.linalg.qr(np.random.default_rng(0).normal(size=(6, 6)))[0]
@@ -51,6 +51,25 @@ def test_sample_too_small_to_tell_leaves_sigma_alone(key):
     metric, allowed = whitening(jnp.ones(20), gradients, jnp.full(20, 10.0))
     assert not metric.factors.any()
     assert float(allowed) == 1.0
+
+
+def test_balanced_sigma_is_the_width_along_axes_and_between_both_widths_of_a_valley_across_them(key):
+    """Squared gradients and draws of a normal distribution, 4,000 draws: 4 standard errors, of which sigma has a fourth."""
+    count, base = 4000, 10.0
+    axes = jnp.array([1e4, 1e4]), jnp.array([1.0, 1.0])
+    valley = 0.5 * np.array([[1e4 + 1.0, 1e4 - 1.0], [1e4 - 1.0, 1e4 + 1.0]])
+    target = LocalPosterior(lambda w, batch: jnp.sum(w[0]), (jnp.zeros(2),) * 3, nbeta=1.0, localization=base**-2)
+    noise = jax.random.normal(key, (3, count, 2))
+    places = noise[0] / 100, noise[1], noise[2] @ np.linalg.cholesky(np.linalg.inv(valley)).T
+    squares = *axes, jnp.diag(valley)
+    sigma, allowed = balanced_scale(target, target.center, squares, places)
+    rounding = 4 * np.sqrt(2 / (2 * count)) / 4
+    np.testing.assert_allclose(sigma[0], 0.01, rtol=rounding)
+    np.testing.assert_allclose(sigma[1], 1.0, rtol=rounding)
+    narrow, long = valley[0, 0] ** -0.5, np.linalg.inv(valley)[0, 0] ** 0.5
+    np.testing.assert_allclose(sigma[2], np.sqrt(narrow * long), rtol=2 * rounding)
+    # Two of six coordinates are wider than the gradients say, and their curvature counts with its third power.
+    assert float(allowed) == pytest.approx((((long / narrow) ** 3 + 2) / 3) ** (-1 / 6), rel=2 * rounding)
 
 
 @pytest.mark.slow
