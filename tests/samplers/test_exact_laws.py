@@ -255,7 +255,8 @@ def test_metropolis_kernels_have_the_truncated_law_in_a_box(key, name):
     variances = np.sum(density * w**2, axis=1) / np.sum(density, axis=1)
     target = LocalPosterior(quadratic, jnp.zeros(4), 100.0, Box(-half_width, half_width))
     kernel = METROPOLIS[name](target, 0.02 if name == "MALA" else 0.15)
-    draws = run_chains(key, kernel, jnp.zeros(4), FullBatch(None), relaxation={"MALA": 40, "HMC": 10, "NUTS": 3}[name])
+    # Most of the larger steps lead out of the box.
+    draws = run_chains(key, kernel, jnp.zeros(4), FullBatch(None), relaxation={"MALA": 80, "HMC": 40, "NUTS": 3}[name])
     check_law(draws, variances)
 
 
