@@ -112,7 +112,7 @@ class Config:
     """Particles of each of its seeds; the cost goes with their number and with -ln V of the smallest threshold."""
     volume_seeds: int = 4
     """Its independent seeds."""
-    volume_tempered: int = 2
+    volume_tempered: int = 5
     """At most so many of the largest thresholds are also reached by tempering, a second route."""
     volume_chains: int = 4
     """Chains of that ladder, an even number."""
