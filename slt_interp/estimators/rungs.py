@@ -301,7 +301,7 @@ def _pilot(
         """Take arrays (rung, chain, ...) of the chains that have settled there; `axis` is that of the rungs."""
 
         def take(x: np.ndarray) -> np.ndarray:
-            return np.stack([np.take(x[chains], r, axis=axis) for r, chains in enumerate(members)])
+            return np.stack([np.take(x, r, axis=axis)[chains] for r, chains in enumerate(members)])
 
         return jax.tree.map(lambda x: take(np.asarray(x)), joined(runs, select))
 

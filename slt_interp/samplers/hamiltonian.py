@@ -103,8 +103,9 @@ def balanced_scale(target: LocalPosterior, params: Params, squares: Params, plac
     """Find one number per coordinate where directions are not known: sigma neither as narrow nor as long as a bent valley.
 
     Mean squared gradients tell how narrow it is in a coordinate, which may be long there, too: with sigma of `learned_scale`
-    chains hardly move along. Sigma squared is the geometric mean of that and of the squared distance from the center, averaged
-    over each array, as in nutpie. Where directions are coordinates both are the same.
+    chains hardly move along. Sigma squared is the geometric mean of that and of the squared distance from the weights, averaged
+    over each array (few chains do not tell it of a coordinate; in nutpie variances of many draws do). Where coordinates of one
+    array are independent and differ in width, sigma is too long for the narrow ones, and the step shorter for it.
 
     Args:
         target: the posterior.
@@ -113,8 +114,8 @@ def balanced_scale(target: LocalPosterior, params: Params, squares: Params, plac
         places: where chains are, (chain, ...).
 
     Returns:
-        sigma, and the factor by which the step of `learned_scale` changes: the variance of a trajectory's energy error is as
-        the sum of (step^2 sigma^2 curvature)^3.
+        sigma, and the factor by which the step of `learned_scale` changes: the variance of a short trajectory's energy error is
+        as the sum of (step^2 sigma^2 curvature)^3, which is cautious for longer ones.
 
     References:
         Seyboldt, Carlson and Carpenter (2026): the diagonal metric of least Fisher divergence, for nutpie.
@@ -122,8 +123,10 @@ def balanced_scale(target: LocalPosterior, params: Params, squares: Params, plac
     width, narrow = target.base.variance(params), learned_scale(target, params, squares)
     spread = jax.tree.map(lambda w, c, v: jnp.minimum(jnp.mean((w - c) ** 2 / v), 1.0), places, params, width)
     sigma = jax.tree.map(lambda s, r, v: jnp.sqrt(s * jnp.maximum(s, jnp.sqrt(r * v))), narrow, spread, width)
-    stiffness = jax.tree.map(lambda s, n: (s / n) ** 6, sigma, narrow)
-    return sigma, (sum(map(jnp.sum, jax.tree.leaves(stiffness))) / dimension(params)) ** (-1 / 6)
+    ratios = jax.tree.leaves(jax.tree.map(jnp.divide, sigma, narrow))
+    # In units of the largest, whose sixth power may be too large a number for float32.
+    largest = jnp.max(jnp.stack([jnp.max(ratio) for ratio in ratios]))
+    return sigma, (sum(jnp.sum((ratio / largest) ** 6) for ratio in ratios) / dimension(params)) ** (-1 / 6) / largest
 
 
 def learn(
@@ -155,7 +158,7 @@ def learn(
 
 
 def mixed_step(key: Key[Array, ""], step_size: Float[Array, ""]) -> tuple[Float[Array, ""], Bool[Array, ""]]:
-    """Draw the step of one transition: at least half of the given one, or, for a quarter of them, far less; and say which.
+    """Draw the step of one transition: half to all of the given one, or, for a quarter of them, down to 3 % of it; say which.
 
     Thin arms of a singular set are entered by small steps only, which the average acceptance does not show.
     """

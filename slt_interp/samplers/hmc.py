@@ -36,11 +36,11 @@ from slt_interp.tree import Params, Real, normal_like, register_dataclass
 class HMC:
     """Sample by Hamiltonian trajectories on the full batch: no discretization bias, `num_leapfrog` gradients per step.
 
-    A transition proposes the end of a trajectory: between slow directions chains go furthest so. `Info` is averaged over the
-    trajectory: to each of its points alone the chain might have gone, and what it reads in the mean of that Metropolis step,
-    with probability min(1, exp(-energy error)) there and otherwise here, leaves expectations as they are. Steps are drawn at
-    random, so that no orbit closes on itself (see `hamiltonian.mixed_step`). Warm-up adapts the step and sigma; without it
-    sigma is 1 and the step the given one.
+    A transition proposes the end of a trajectory, which carries chains furthest along slow directions. Each of its points would
+    be a proposal as valid, taken with probability min(1, exp(-energy error)): `Info` averages over them what that step would
+    read in the mean, which leaves expectations as they are; its acceptance is the mean of those probabilities. Steps are drawn
+    at random, step_size the largest, so that no orbit closes on itself (see `hamiltonian.mixed_step`). Warm-up adapts the step
+    and sigma; without it sigma is 1 and the step the given one.
 
     Args:
         target: the distribution to sample.
@@ -53,7 +53,7 @@ class HMC:
 
     References:
         Neal (2011), MCMC using Hamiltonian dynamics, arXiv:1206.1901.
-        Betancourt (2017), A conceptual introduction to Hamiltonian Monte Carlo, arXiv:1701.02434, appendix A.
+        Nishimura and Dunson (2020), Recycling intermediate steps to improve Hamiltonian Monte Carlo, arXiv:1511.06925.
 
     >>> target = LocalPosterior(lambda w, batch: 0.5 * jnp.sum(w**2), jnp.zeros(2), nbeta=1.0, localization=1.0)
     >>> kernel = HMC(target, step_size=0.1)

@@ -33,7 +33,7 @@ class MALA:
 
     w' = w - (step_size / 2) sigma^2 grad U(w) + N(0, step_size sigma^2), accepted with probability min(1, exp(-energy error)).
 
-    A quarter of the transitions take a smaller step (see `hamiltonian.mixed_step`). `Info` is averaged over the two
+    Steps are drawn at random, step_size the largest (see `hamiltonian.mixed_step`). `Info` is averaged over the two
     ends of a transition with their probabilities. Warm-up adapts the step and sigma; without it sigma is 1 and the step
     the given one.
 

@@ -62,7 +62,8 @@ def test_chains_do_not_stay_where_the_loss_is_not_finite(key, outside):
     params = _annealed(key, loss_fn, [0.0, 1.0, 4.0], 1, 0.1, jnp.ones((3, 1)))[:, 1:, 0]
     assert np.all((params > 1) | (params == 0))
     exact = 1 - stats.norm.cdf(1) ** 16
-    # Some trajectories come in from where the loss is infinite, but none from where nothing is known of its gradient.
+    # Some trajectories come in from where the loss is infinite (their populations have no weight: these are starts, no more),
+    # but none from where nothing is known of its gradient.
     surplus, error = np.mean(params > 1) - exact, np.sqrt(exact * (1 - exact) / NUM_CHAINS)
     assert surplus > -4 * error
     assert np.isinf(outside) or surplus < 4 * error

@@ -68,6 +68,9 @@ def test_balanced_sigma_is_the_width_along_axes_and_between_both_widths_of_a_val
     np.testing.assert_allclose(sigma[1], 1.0, rtol=rounding)
     narrow, long = valley[0, 0] ** -0.5, np.linalg.inv(valley)[0, 0] ** 0.5
     np.testing.assert_allclose(sigma[2], np.sqrt(narrow * long), rtol=2 * rounding)
+    at_center, unchanged = balanced_scale(target, target.center, squares, jax.tree.map(jnp.zeros_like, places))
+    jax.tree.map(lambda s, g: np.testing.assert_allclose(s, g**-0.5, rtol=1e-6), at_center, squares)
+    assert float(unchanged) == pytest.approx(1.0)
     # Two of six coordinates are wider than the gradients say, and their curvature counts with its third power.
     assert float(allowed) == pytest.approx((((long / narrow) ** 3 + 2) / 3) ** (-1 / 6), rel=2 * rounding)
 
