@@ -82,8 +82,8 @@ def main(config: Config, out: Path) -> RunDirectory:
     """Measure what is not finished yet, and write rows."""
     if len(config.num_draws) != len(config.bases):
         raise InputError(
-            f"num_draws must have one number for each of the {len(config.bases)} bases, but has {len(config.num_draws)}: give as"
-            " many, as in --bases 0.1 0.3 --num-draws 200 1600"
+            f"num_draws must have one number for each of the {len(config.bases)} bases, but has {len(config.num_draws)}:"
+            " give as many, as in --bases 0.1 0.3 --num-draws 200 1600"
         )
     run = open_run(out, {"benchmark": "network_volume", "settings": dataclasses.asdict(config)})
     trained, arrays = run.stage("training", partial(_train, config))
