@@ -52,6 +52,7 @@ class Config:
     """Names of the catalogue; by default all up to `max_dimension` whose base is not bounded and whose answer is known."""
     max_dimension: int = 20
     max_nbeta: float = 1e7
+    num_chains: int = 32
     num_draws: int = 4000
     """Of the ladders that coefficients are read from: fewer do not tell a multiplicity from a slow correction."""
 
@@ -324,6 +325,7 @@ def _measure_coefficient(config: Config, name: str) -> tuple[dict[str, Any], dic
             problem.data,
             base=Gaussian(problem.center, 1.0),
             max_nbeta=config.max_nbeta,
+            num_chains=config.num_chains,
             num_draws=config.num_draws,
             progress=False,
         )

@@ -1,16 +1,23 @@
 """The learning coefficient and its multiplicity, from energies and partition functions at several temperatures.
 
-Z(nbeta) = E_base exp(-nbeta K) falls like nbeta^-coefficient P(log nbeta) with a polynomial P of degree multiplicity - 1, and
-corrections with further powers of 1 / nbeta. In t = log nbeta the energy is
+Resolution of singularities makes Z(nbeta) = E_base exp(-nbeta K) a sum of normal crossings, in which K is a product of powers
+of k weights. There -log K is a sum of k exponential variables, whose rates are the poles of the crossing, and Z falls like the
+divided difference of x -> exp(-x s) over these poles, where s is log nbeta and a constant. The smallest pole is the learning
+coefficient, and how many are equal to it is the multiplicity m: m equal ones alone give s^(m - 1) exp(-coefficient s). With f
+the divided difference over the poles' distances from the smallest, the energy at t = log nbeta is
 
-    E(t) = -d log Z / dt = coefficient - P'(t) / P(t) + a exp(-delta t),
+    E(t) = -d log Z / dt = coefficient - f'(t + b) / f(t + b) + a exp(-delta t),
 
-and increments of -log Z between rungs are its integrals. What is not known (P, a, delta, and from which rung on the law holds)
-is averaged over: coefficient and amplitude are linear and integrated in closed form, the rest lies on a small grid.
+where the last term stands for all other crossings; increments of -log Z between rungs are its integrals. What is not known
+(the poles, b, a, delta, and from which rung on the law holds) is averaged over: coefficient and amplitude are linear and
+integrated in closed form, the rest lies on a small grid. Poles that are 1/12 apart look like a double one until log nbeta is
+far above 12: no number of draws tells such laws apart at the nbeta that can be sampled.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import combinations_with_replacement
+from math import factorial
 
 import numpy as np
 from jaxtyping import Float
@@ -19,9 +26,11 @@ from slt_interp.errors import InputError
 
 _Array = np.ndarray
 
-MAX_MULTIPLICITY = 3
+MAX_POLES = 4
+"""So many near one another are considered, and multiplicities up to this."""
+
 MIN_RUNGS = 4
-"""So many energies and three increments are enough for the coefficient, the shape of P and an amplitude."""
+"""So many energies and three increments are enough for the coefficient, the shape of f and an amplitude."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +83,8 @@ class LearningCoefficient:
             if share >= 1 - _RESOLVED
         ]
         verdict = [] if self.is_resolved else ["the draws do not tell the multiplicity: take more, or a larger max_nbeta"]
-        if verdict and len(self.probability) == MAX_MULTIPLICITY:
-            verdict.append(f"multiplicities above {MAX_MULTIPLICITY}, whose coefficients would be larger, are not considered")
+        if verdict and len(self.probability) == MAX_POLES:
+            verdict.append(f"multiplicities above {MAX_POLES}, whose coefficients would be larger, are not considered")
         return "\n- ".join([f"Learning coefficient {', or '.join(found)}", *verdict, *self.warnings])
 
 
@@ -88,30 +97,31 @@ def fit_coefficient(
     energies: Float[_Array, " rung"],
     increments: Float[_Array, " rung-1"],
     covariance: Float[_Array, "reading reading"],
-    max_multiplicity: int = MAX_MULTIPLICITY,
+    max_poles: int = MAX_POLES,
 ) -> LearningCoefficient:
     """Average over laws for Z(nbeta), each weighted by how well it explains energies and increments of -log Z together.
 
-    A multiplicity m has prior probability in proportion to 2^-m. Roots of P lie about 4.5 below log nbeta of the first rung,
-    within a factor of 2; a correction has an amplitude of about half the largest energy, or none. A law may begin to hold at
-    any rung: each reading left out costs a factor of e, as in Akaike's criterion.
+    A multiplicity m has prior probability in proportion to 2^-m; m to `max_poles` poles are as probable as one another, and so
+    are their distances, six from 1/12 to 1. The zero of f lies about 4.5 below log nbeta of the first rung, within a factor of
+    2; a correction has an amplitude of about half the largest energy, or none. A law may begin to hold at any rung: each
+    reading left out costs a factor of e, as in Akaike's criterion.
 
     Args:
         log_nbetas: increasing, at least `MIN_RUNGS`, the first where the posterior leaves the base measure.
         energies: E[nbeta (L - L*)].
         increments: of -log Z from each rung to the next.
         covariance: of energies and increments, in this order.
-        max_multiplicity: at most the dimension of the weights.
+        max_poles: of a crossing, at most the dimension of the weights.
 
     Returns:
-        Coefficients, standard errors and probabilities of multiplicity 1 to `max_multiplicity`; coefficient 0 of multiplicity 1
-        where energies are all 0, as those of a constant loss.
+        Coefficients, standard errors and probabilities of multiplicity 1 to `max_poles`; coefficient 0 of multiplicity 1 where
+        energies are all 0, as those of a constant loss.
 
     Raises:
         InputError: for fewer rungs than `MIN_RUNGS`, unless energies are all 0.
 
     References:
-        Watanabe (2009), Algebraic Geometry and Statistical Learning Theory, chapter 6, for the expansion of Z;
+        Watanabe (2009), Algebraic Geometry and Statistical Learning Theory, chapters 4 and 6, for crossings and expansion of Z;
         Jay and Neil (2021), Bayesian model averaging for analysis of lattice field theory results, arXiv:2008.01069, for the
         weights of laws that are fitted to a part of the readings.
 
@@ -121,6 +131,8 @@ def fit_coefficient(
     >>> found.multiplicity, round(found.coefficient, 2)
     (2, 0.5)
     """
+    from scipy.stats import chi2
+
     if not np.any(energies):
         return OF_CONSTANT_LOSS
     if len(log_nbetas) < MIN_RUNGS:
@@ -128,17 +140,18 @@ def fit_coefficient(
             f"a learning coefficient needs energies at {MIN_RUNGS} rungs, but there are {len(log_nbetas)}: add rungs"
         )
     t, readings = log_nbetas - log_nbetas[0], np.concatenate([energies, increments])
-    fits = list(_fits(t, readings, covariance, 0.5 * np.abs(energies).max(), max_multiplicity))
-    multiplicity, log_weight, coefficient, std_error, probability = np.concatenate(fits, axis=1)
+    fits = list(_fits(t, readings, covariance, 0.5 * np.abs(energies).max(), max_poles))
+    multiplicity, log_weight, coefficient, std_error, squares, freedom = np.concatenate(fits, axis=1)
     weight = np.exp(log_weight - log_weight.max())
     found = []
-    for m in range(1, max_multiplicity + 1):
+    for m in range(1, max_poles + 1):
         of_m = multiplicity == m
         share = np.exp(np.where(of_m, log_weight - log_weight[of_m].max(), -np.inf))
         share /= share.sum()
         mean = share @ coefficient
         found.append((weight[of_m].sum() / weight.sum(), mean, np.sqrt(share @ (std_error**2 + (coefficient - mean) ** 2))))
-    return LearningCoefficient(*np.array(found).T, warnings=_warnings(probability[weight.argmax()]))
+    best = weight.argmax()
+    return LearningCoefficient(*np.array(found).T, warnings=_warnings(float(chi2.sf(squares[best], freedom[best]))))
 
 
 def _fits(
@@ -146,31 +159,28 @@ def _fits(
     readings: Float[_Array, " reading"],
     covariance: Float[_Array, "reading reading"],
     amplitude: float,
-    max_multiplicity: int,
-) -> Iterator[Float[_Array, "5 polynomial"]]:
-    """Fit laws of every first rung, multiplicity, polynomial and correction.
+    max_poles: int,
+) -> Iterator[Float[_Array, "6 crossing"]]:
+    """Fit laws of every first rung, multiplicity, normal crossing and correction.
 
-    Yields multiplicity, log weight, coefficient, its standard error, and the probability of readings as far from the law.
+    Yields multiplicity, log weight, coefficient, its standard error, and the law's chi-squared and degrees of freedom.
     """
-    from scipy.stats import chi2
-
     num_rungs = len(t)
+    crossings = [_crossings(m, max_poles, t) for m in range(1, max_poles + 1)]
     for start in range(num_rungs - MIN_RUNGS + 1):
         kept = np.r_[start:num_rungs, num_rungs + start : 2 * num_rungs - 1]
         whiten = np.linalg.inv(np.linalg.cholesky(covariance[np.ix_(kept, kept)]))
-        for m in range(1, max_multiplicity + 1):
-            polynomials, prior = _polynomials(m, t[start:])
-            residuals = whiten @ (readings[kept] + polynomials).T
-            for decay in (0.0, *_DECAYS):
+        for m, (energies, prior) in enumerate(crossings, start=1):
+            residuals = whiten @ (readings + energies)[:, kept].T
+            for decay in (0.0, *_GAPS):
                 columns = whiten @ np.stack([_powers(0.0, t[start:]), _powers(decay, t[start:])][: 2 if decay else 1], axis=1)
                 precision = columns.T @ columns + np.diag([0.0, amplitude**-2][: 2 if decay else 1])
                 solution = np.linalg.solve(precision, columns.T @ residuals)
                 squares = np.sum(residuals**2, axis=0) - np.sum(solution * (precision @ solution), axis=0)
                 log_weight = -0.5 * squares - 0.5 * np.linalg.slogdet(precision)[1] - (len(readings) - len(kept))
-                log_weight += np.log(prior * 0.5**m) + (-np.log(2 * len(_DECAYS) * amplitude) if decay else np.log(0.5))
-                std_error = np.sqrt(np.linalg.inv(precision)[0, 0])
-                probability = chi2.sf(squares, len(kept) - m - bool(decay))
-                yield np.stack(np.broadcast_arrays(m, log_weight, solution[0], std_error, probability))
+                log_weight += np.log(prior * 0.5**m) + (-np.log(2 * len(_GAPS) * amplitude) if decay else np.log(0.5))
+                std_error, freedom = np.sqrt(np.linalg.inv(precision)[0, 0]), len(kept) - m - bool(decay)
+                yield np.stack(np.broadcast_arrays(m, log_weight, solution[0], std_error, squares, freedom))
 
 
 def _powers(decay: float, t: Float[_Array, " rung"]) -> Float[_Array, " reading"]:
@@ -179,16 +189,32 @@ def _powers(decay: float, t: Float[_Array, " rung"]) -> Float[_Array, " reading"
     return np.concatenate([energy, -np.diff(energy) / decay if decay else np.diff(t)])
 
 
-def _polynomials(m: int, t: Float[_Array, " rung"]) -> tuple[Float[_Array, "polynomial reading"], Float[_Array, " polynomial"]]:
-    """Read an energy P'(t) / P(t) for P of degree m - 1, which is 1, t + b or (t + b)^2 + split b^2, and weigh each P."""
-    if m == 1:
-        return np.zeros((1, 2 * len(t) - 1)), np.ones(1)
-    splits = (0.0,) if m == 2 else _SPLITS
-    z, split = (x.ravel() for x in np.meshgrid(np.linspace(-2.5, 2.5, 41), splits))
-    b = _ROOT * np.exp(_ROOT_SPREAD * z)[:, None]
-    prior = np.exp(-0.5 * z**2)
-    value, slope = (t + b, np.ones_like(t + b)) if m == 2 else ((t + b) ** 2 + split[:, None] * b**2, 2 * (t + b))
-    return np.concatenate([slope / value, np.diff(np.log(value), axis=1)], axis=1), prior / prior.sum()
+def _crossings(
+    multiplicity: int, max_poles: int, t: Float[_Array, " rung"]
+) -> tuple[Float[_Array, "crossing reading"], Float[_Array, " crossing"]]:
+    """Read -f'(t + b) / f(t + b) of normal crossings whose first poles are equal, negative, and weigh each crossing."""
+    z = np.linspace(-2.5, 2.5, _NUM_OFFSETS)
+    s = t + _OFFSET * np.exp(_OFFSET_SPREAD * z)[:, None]
+    of_offset = np.exp(-0.5 * z**2) / np.sum(np.exp(-0.5 * z**2))
+    found, prior = [], []
+    for num_poles in range(multiplicity, max_poles + 1):
+        further = list(combinations_with_replacement(_GAPS, num_poles - multiplicity))
+        for gaps in further:
+            poles = (0.0,) * multiplicity + gaps
+            # The first pole is 0, so that a derivative of f is its divided difference over the others.
+            value, slope = _divided_difference(poles, s), _divided_difference(poles[1:], s)
+            found.append(np.concatenate([slope / value, np.diff(np.log(value), axis=1)], axis=1))
+            prior.append(of_offset / len(further) / (max_poles + 1 - multiplicity))
+    return np.concatenate(found), np.concatenate(prior)
+
+
+def _divided_difference(poles: tuple[float, ...], s: Float[_Array, "..."]) -> Float[_Array, "..."]:
+    """Take the divided difference of x -> exp(-x s) over increasing poles, its sign made positive; 0 over none."""
+    if not poles:
+        return np.zeros_like(s)
+    if poles[0] == poles[-1]:
+        return s ** (len(poles) - 1) / factorial(len(poles) - 1) * np.exp(-poles[0] * s)
+    return (_divided_difference(poles[:-1], s) - _divided_difference(poles[1:], s)) / (poles[-1] - poles[0])
 
 
 def _warnings(probability: float) -> tuple[str, ...]:
@@ -200,12 +226,11 @@ def _warnings(probability: float) -> tuple[str, ...]:
     return ()
 
 
-_DECAYS = (1 / 12, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 1.0)
-_ROOT, _ROOT_SPREAD = 4.5, 0.6
-"""The posterior leaves the base at the first rung, where log Z is still of order 1: P has its roots not far below it.
+_GAPS = (1 / 12, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 1.0)
+_OFFSET, _OFFSET_SPREAD, _NUM_OFFSETS = 4.5, 0.6, 81
+"""The posterior leaves the base at the first rung, where log Z is still of order 1: f has its zero not far below it.
 
-The numbers are those of the catalogue, whose roots lie 2 to 8 below: they are a summary of known problems, not a derivation.
+The numbers are those of the catalogue, whose zeros lie 2 to 8 below: they are a summary of known problems, not a derivation.
 """
 
-_SPLITS = (-0.75, -0.5, -0.25, 0.0, 0.5, 1.0)
 _RESOLVED, _MIN_PROBABILITY = 0.95, 1e-3

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from slt_interp.bases import Base
 from slt_interp.errors import InputError
 from slt_interp.estimators.coefficient import (
-    MAX_MULTIPLICITY,
+    MAX_POLES,
     MIN_RUNGS,
     OF_CONSTANT_LOSS,
     LearningCoefficient,
@@ -240,7 +240,7 @@ class Ladder:
             means,
             np.diff(self._pooled.free_energies[picked]),
             covariance + np.outer(gap, gap) / 4 + np.outer(bias, bias),
-            min(MAX_MULTIPLICITY, self.dimension),
+            min(MAX_POLES, self.dimension),
         )
         return replace(found, warnings=(*found.warnings, *self.warnings))
 
