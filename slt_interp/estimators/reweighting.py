@@ -7,7 +7,7 @@ each of which is a ladder of its own: an influence (the effect of its draws on t
 """
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -79,33 +79,41 @@ class Reweighting:
         steps = ratio * (self.nbetas[1:-1] * low + self.nbetas[2:] * high) / 2
         first = -_log_mean_exp(-_energy(self.nbetas[1], self.losses[0]))
         start = first + np.concatenate([[0.0], np.cumsum(steps)])
-        count = self.losses[0].size
+        count, total = self.losses[0].size, self.losses.size
+
+        @lru_cache(maxsize=1)
+        def seen_from(free: bytes) -> tuple[float, _Array, _Array]:
+            """Sum log denominators, shares and their products over all draws, for the objective and its Hessian."""
+            log_sums, sums, products = 0.0, np.zeros(len(start)), np.zeros((len(start), len(start)))
+            # By pieces that fit into a processor's cache.
+            for piece in np.array_split(self.losses.ravel(), -(-total // _PIECE)):
+                log_terms = self._log_terms(np.frombuffer(free), piece)
+                log_sum = _log_sum_exp(log_terms)
+                shares = np.exp(log_terms[1:] - log_sum)
+                log_sums, sums, products = log_sums + log_sum.sum(), sums + shares.sum(axis=1), products + shares @ shares.T
+            return log_sums, sums, products
 
         def objective(free: _Array) -> tuple[float, _Array]:
-            log_terms = self._log_terms(free)
-            log_sum = _log_sum_exp(log_terms)
-            shares = np.exp(log_terms[1:] - log_sum)
-            return float(log_sum.mean() - free.sum() / len(self.nbetas)), shares.mean(axis=1) - 1 / len(self.nbetas)
+            log_sums, sums, _ = seen_from(free.tobytes())
+            return float(log_sums / total - free.sum() / len(self.nbetas)), sums / total - 1 / len(self.nbetas)
 
         def hessian(free: _Array) -> _Array:
-            log_terms = self._log_terms(free)
-            shares = np.exp(log_terms[1:] - _log_sum_exp(log_terms))
-            curvature = (np.diag(shares.sum(axis=1)) - shares @ shares.T) / shares.shape[1]
+            _, sums, products = seen_from(free.tobytes())
             # Where no draws of two rungs overlap it is 0: what is left there is the integral of the start.
-            return curvature + _RIDGE * np.eye(len(free))
+            return (np.diag(sums) - products) / total + _RIDGE * np.eye(len(free))
 
         tolerance = 1e-3 / np.sqrt(count) / len(self.nbetas)
         found = minimize(objective, start, jac=True, hess=hessian, method="trust-exact", options={"gtol": tolerance})
         return np.concatenate([[0.0], found.x])
 
-    def _log_terms(self, free: Float[_Array, " rung-1"]) -> Float[_Array, "rung n"]:
-        """f_r - nbeta_r L_n for every rung and every pooled draw."""
+    def _log_terms(self, free: Float[_Array, " rung-1"], losses: Float[_Array, " n"]) -> Float[_Array, "rung n"]:
+        """f_r - nbeta_r L_n for every rung and every loss."""
         full = np.concatenate([[0.0], free])
-        return full[:, None] - np.stack([_energy(nbeta, self.losses.ravel()) for nbeta in self.nbetas])
+        return full[:, None] - np.stack([_energy(nbeta, losses) for nbeta in self.nbetas])
 
     @cached_property
     def _log_denominator(self) -> Float[_Array, " n"]:
-        return _log_sum_exp(self._log_terms(self.free_energies[1:]))
+        return _log_sum_exp(self._log_terms(self.free_energies[1:], self.losses.ravel()))
 
     @cached_property
     def _log_weights(self) -> Float[_Array, "rung chain draw"]:
@@ -115,7 +123,7 @@ class Reweighting:
     @cached_property
     def _shares(self) -> Float[_Array, "rung n"]:
         """Probability that a pooled draw with this loss comes from rung r."""
-        return np.exp(self._log_terms(self.free_energies[1:]) - self._log_denominator)
+        return np.exp(self._log_terms(self.free_energies[1:], self.losses.ravel()) - self._log_denominator)
 
     def influences(self, num_blocks: int = 1) -> Float[_Array, "chain*block rung"]:
         """By how much the draws of each chain, or of each of its blocks, move the free energies."""
@@ -126,6 +134,7 @@ class Reweighting:
         return np.concatenate([np.zeros((len(moved), 1)), moved], axis=1)
 
 
+_PIECE = 4096
 _RIDGE = 1e-9
 """Far below the curvature of rungs that swap, which is of order 1 / (number of rungs)."""
 
