@@ -204,8 +204,8 @@ def test_learning_coefficient_of_independent_draws_is_that_of_the_quadratic():
     assert found.covers(2.0, 1), found
     assert found.probability[0] > found.probability[1]
     apart = _synthetic(shift=0.5).learning_coefficient()
-    # Losses of one family scaled by 1.5 add a quarter to energies, about .5, but leave log Z its slope. Where the covariance knows
-    # that the families differ, the fit does not follow those energies; where it does not, the answer moves by a standard error.
+    # Losses of one family scaled by 1.5 add a quarter to energies, about .5, but leave log Z its slope. As the covariance knows
+    # that the families differ, the fit does not follow those energies; otherwise the answer would move by a standard error.
     assert abs(apart.coefficients[0] - found.coefficients[0]) < 0.5 * found.std_errors[0]
     assert any("disagree in log Z" in warning for warning in apart.warnings)
 
