@@ -23,7 +23,7 @@ from slt_interp.estimators.coefficient import (
     fit_coefficient,
 )
 from slt_interp.estimators.llc import DO_NOT_TRUST, OK, family_limit
-from slt_interp.estimators.reweighting import Reweighting, block_sums
+from slt_interp.estimators.reweighting import NUM_BLOCKS, Reweighting, block_sums
 from slt_interp.estimators.rungs import MIN_EXCHANGE
 from slt_interp.samplers.diagnostics import std_error
 from slt_interp.tree import Params
@@ -220,16 +220,16 @@ class Ladder:
         # Where all draws have one loss there is nothing to weigh by.
         picked = picked[(picked > 0) & (np.ptp(self.mean_loss[picked], axis=(1, 2)) > 0)]
         energy = self.nbetas[picked, None, None] * (self.mean_loss[picked] - self.lowest_loss)
-        num_samples, num_readings = num_chains * _NUM_BLOCKS, 2 * len(picked) - 1
-        if len(picked) < MIN_RUNGS or num_draws < _NUM_BLOCKS or num_samples < num_readings + 4:
+        num_samples, num_readings = num_chains * NUM_BLOCKS, 2 * len(picked) - 1
+        if len(picked) < MIN_RUNGS or num_draws < NUM_BLOCKS or num_samples < num_readings + 4:
             raise InputError(
-                f"a learning coefficient needs {MIN_RUNGS} rungs above the base, 4 chains and {_NUM_BLOCKS} draws, but this "
+                f"a learning coefficient needs {MIN_RUNGS} rungs above the base, 4 chains and {NUM_BLOCKS} draws, but this "
                 f"ladder has {len(picked)} whose losses differ by more than rounding, {num_chains} and {num_draws}: "
                 "raise max_nbeta, num_chains or num_draws"
             )
         means = energy.mean(axis=(1, 2))
-        moved = block_sums(energy - means[:, None, None], _NUM_BLOCKS).T / energy[0].size
-        samples = np.concatenate([moved, np.diff(self._pooled.influences(_NUM_BLOCKS)[:, picked], axis=1)], axis=1)
+        moved = block_sums(energy - means[:, None, None], NUM_BLOCKS).T / energy[0].size
+        samples = np.concatenate([moved, np.diff(self._pooled.influences()[:, picked], axis=1)], axis=1)
         # The inverse of a covariance from few samples is too large, by a known factor (Hartlap et al. 2007).
         covariance = samples.T @ samples * num_samples / (num_samples - num_readings - 2)
         first, second = (energy[:, chains].mean(axis=(1, 2)) for _, chains in self._families)
@@ -378,8 +378,8 @@ def _gap(first: float, second: float) -> float:
 _MIN_SHARE = 0.05
 """Of the coldest rung's draws so many must lie below a threshold."""
 
-_NUM_READ, _NUM_BLOCKS = 12, 10
-"""A learning coefficient is read from at most 12 rungs; blocks of draws, longer than chains remember, count as independent."""
+_NUM_READ = 12
+"""A learning coefficient is read from at most so many rungs."""
 
 _CLEARLY = 6.0
 """Standard deviations of rounding: of as many draws as a ladder has, none comes so far by chance."""

@@ -2,8 +2,10 @@
 
 Rung r has draws L_n of exp(-nbeta_r L) base(w) and a partition function Z_r = E_base exp(-nbeta_r L). The multistate Bennett
 acceptance ratio (MBAR) finds the Z_r under which each rung's total weight, seen from the pooled draws, is the number of its
-draws; for a single energy this is the weighted histogram method without bins. Errors come from the spread between chains,
-each of which is a ladder of its own: an influence (the effect of its draws on the answer) is summed for each chain.
+draws; for a single energy this is the weighted histogram method without bins. Errors come from influences (the effect of some
+draws on the answer), summed for each chain, which is a ladder of its own, and for blocks of each chain's draws. Blocks are more
+alike than they should be where chains remember long; chains are few, so that now and then they are alike by chance, and a run
+that goes on until its error is small would end just then: the larger of the two errors counts.
 """
 
 from dataclasses import dataclass
@@ -37,7 +39,7 @@ class Reweighting:
 
     def log_partition(self) -> tuple[Float[_Array, " rung"], Float[_Array, " rung"]]:
         """Estimate log Z of every rung, 0 at nbeta 0, and its standard error."""
-        return -self.free_energies, _spread(self.influences())
+        return -self.free_energies, self._spread(self.influences())
 
     def log_mass(self, inside: Bool[_Array, "rung chain draw"]) -> float:
         """Estimate the log of the base measure's mass of a set of draws: -inf for a set without any."""
@@ -53,8 +55,8 @@ class Reweighting:
         selected = np.exp(np.where(inside, self._log_weights - log_total, -np.inf))
         # Weights fall with the partition functions: d log w_n / d f_r = -(share of rung r in draw n).
         share = selected.ravel() @ self._shares.T
-        influence = selected.sum(axis=(0, 2)) - 1 / selected.shape[1] - self.influences() @ share
-        return float(_spread(influence))
+        moved = selected.sum(axis=0, keepdims=True) - 1 / selected[0].size
+        return float(self._spread(block_sums(moved, self._num_blocks)[0] - self.influences() @ share))
 
     def moments(self, nbeta: float) -> tuple[float, float, float]:
         """Estimate log Z, mean and variance of the loss at any nbeta within the ladder."""
@@ -125,14 +127,28 @@ class Reweighting:
         """Probability that a pooled draw with this loss comes from rung r."""
         return np.exp(self._log_terms(self.free_energies[1:], self.losses.ravel()) - self._log_denominator)
 
-    def influences(self, num_blocks: int = 1) -> Float[_Array, "chain*block rung"]:
-        """By how much the draws of each chain, or of each of its blocks, move the free energies."""
+    def influences(self) -> Float[_Array, "chain*block rung"]:
+        """By how much the draws of each block of each chain move the free energies."""
         shares, num_rungs = self._shares, len(self.nbetas)
-        excess = block_sums(shares.reshape(num_rungs, *self.losses.shape).sum(axis=1) - 1, num_blocks).T
+        excess = block_sums(shares.reshape(num_rungs, *self.losses.shape).sum(axis=1) - 1, self._num_blocks).T
         curvature = np.diag(shares.sum(axis=1)) - shares @ shares.T
         moved = np.linalg.lstsq(curvature[1:, 1:], -excess[:, 1:].T, rcond=None)[0].T
         return np.concatenate([np.zeros((len(moved), 1)), moved], axis=1)
 
+    @property
+    def _num_blocks(self) -> int:
+        return min(NUM_BLOCKS, self.losses.shape[2])
+
+    def _spread(self, influences: Float[_Array, "chain*block *event"]) -> Float[_Array, "*event"]:
+        """Compute the standard error of a sum over blocks: the larger of what chains and blocks tell; NaN for one chain."""
+        of_chains = influences.reshape(self.losses.shape[1], -1, *influences.shape[1:]).sum(axis=1)
+        if len(of_chains) == 1:
+            return np.full(influences.shape[1:], np.nan)
+        return np.sqrt(np.maximum(*(len(x) / (len(x) - 1) * np.sum(x**2, axis=0) for x in (of_chains, influences))))
+
+
+NUM_BLOCKS = 10
+"""Blocks of a chain's draws, longer than chains remember, count as independent."""
 
 _PIECE = 4096
 _RIDGE = 1e-9
@@ -143,12 +159,6 @@ def block_sums(values: Float[_Array, "event chain draw"], num_blocks: int) -> Fl
     """Sum over `num_blocks` successive parts of each chain, of as equal a length as can be."""
     edges = np.arange(num_blocks) * values.shape[2] // num_blocks
     return np.add.reduceat(values, edges, axis=2).reshape(len(values), -1)
-
-
-def _spread(influences: Float[_Array, "chain *event"]) -> Float[_Array, "*event"]:
-    """Compute the standard error of a sum over chains from the chains' own contributions."""
-    count = len(influences)
-    return np.sqrt(count / (count - 1) * np.sum(influences**2, axis=0)) if count > 1 else np.full(influences.shape[1:], np.nan)
 
 
 def _energy(nbeta: float, losses: _Array) -> _Array:
