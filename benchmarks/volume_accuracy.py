@@ -53,8 +53,9 @@ class Config:
     max_dimension: int = 20
     max_nbeta: float = 1e7
     num_chains: int = 32
+    """Of the ladders that coefficients are read from."""
     num_draws: int = 4000
-    """Of the ladders that coefficients are read from: fewer do not tell a multiplicity from a slow correction."""
+    """Of each of these chains: fewer do not tell a multiplicity from a slow correction."""
 
 
 SMOKE = Config(

@@ -1,17 +1,18 @@
 """The learning coefficient and its multiplicity, from energies and partition functions at several temperatures.
 
-Resolution of singularities makes Z(nbeta) = E_base exp(-nbeta K) a sum of normal crossings, in which K is a product of powers
-of k weights. There -log K is a sum of k exponential variables, whose rates are the poles of the crossing, and Z falls like the
-divided difference of x -> exp(-x s) over these poles, where s is log nbeta and a constant. The smallest pole is the learning
-coefficient, and how many are equal to it is the multiplicity m: m equal ones alone give s^(m - 1) exp(-coefficient s). With f
-the divided difference over the poles' distances from the smallest, the energy at t = log nbeta is
+Resolution of singularities makes Z(nbeta) = E_base exp(-nbeta K) a sum over charts in which K is, up to smooth factors, a
+product of powers of k weights: a normal crossing. Of such a product under a uniform base, -log K is a sum of k exponential
+variables, whose rates are the poles of the crossing, and Z falls about like the divided difference of x -> exp(-x s) over these
+poles, where s is log nbeta plus a constant (a factor Gamma(x) is neglected but for that constant). The smallest pole is the
+learning coefficient, and how many are equal to it is the multiplicity m: m equal ones alone give s^(m - 1) exp(-coefficient s).
+With f the divided difference over the poles' distances from the smallest, the energy at t, log nbeta above the first rung, is
 
     E(t) = -d log Z / dt = coefficient - f'(t + b) / f(t + b) + a exp(-delta t),
 
-where the last term stands for all other crossings; increments of -log Z between rungs are its integrals. What is not known
-(the poles, b, a, delta, and from which rung on the law holds) is averaged over: coefficient and amplitude are linear and
-integrated in closed form, the rest lies on a small grid. Poles that are 1/12 apart look like a double one until log nbeta is
-far above 12: no number of draws tells such laws apart at the nbeta that can be sampled.
+where the last term stands for the leading correction, of this or of other crossings; increments of -log Z between rungs are
+its integrals. What is not known (the poles, b, a, delta, and from which rung on the law holds) is averaged over: coefficient
+and amplitude are linear and integrated in closed form, the rest lies on a small grid. Near poles look like equal ones: with
+errors of 1 %, two that are 1/12 apart are hardly told from a double one below an nbeta of 1e7.
 """
 
 from collections.abc import Iterator
@@ -102,9 +103,9 @@ def fit_coefficient(
     """Average over laws for Z(nbeta), each weighted by how well it explains energies and increments of -log Z together.
 
     A multiplicity m has prior probability in proportion to 2^-m; m to `max_poles` poles are as probable as one another, and so
-    are their distances, six from 1/12 to 1. The zero of f lies about 4.5 below log nbeta of the first rung, within a factor of
-    2; a correction has an amplitude of about half the largest energy, or none. A law may begin to hold at any rung: each
-    reading left out costs a factor of e, as in Akaike's criterion.
+    are all sets of their distances, six from 1/12 to 1, which are also the powers of a correction. The zero of f lies about
+    4.5 below log nbeta of the first rung, within a factor of 2; a correction has an amplitude of about half the largest energy,
+    or none. A law may begin to hold at any rung: each reading left out costs a factor of e, as in Akaike's criterion.
 
     Args:
         log_nbetas: increasing, at least `MIN_RUNGS`, the first where the posterior leaves the base measure.
@@ -170,8 +171,8 @@ def _fits(
     for start in range(num_rungs - MIN_RUNGS + 1):
         kept = np.r_[start:num_rungs, num_rungs + start : 2 * num_rungs - 1]
         whiten = np.linalg.inv(np.linalg.cholesky(covariance[np.ix_(kept, kept)]))
-        for m, (energies, prior) in enumerate(crossings, start=1):
-            residuals = whiten @ (readings + energies)[:, kept].T
+        for m, (falls, prior, num_fitted) in enumerate(crossings, start=1):
+            residuals = whiten @ (readings - falls)[:, kept].T
             for decay in (0.0, *_GAPS):
                 columns = whiten @ np.stack([_powers(0.0, t[start:]), _powers(decay, t[start:])][: 2 if decay else 1], axis=1)
                 precision = columns.T @ columns + np.diag([0.0, amplitude**-2][: 2 if decay else 1])
@@ -179,7 +180,7 @@ def _fits(
                 squares = np.sum(residuals**2, axis=0) - np.sum(solution * (precision @ solution), axis=0)
                 log_weight = -0.5 * squares - 0.5 * np.linalg.slogdet(precision)[1] - (len(readings) - len(kept))
                 log_weight += np.log(prior * 0.5**m) + (-np.log(2 * len(_GAPS) * amplitude) if decay else np.log(0.5))
-                std_error, freedom = np.sqrt(np.linalg.inv(precision)[0, 0]), len(kept) - m - bool(decay)
+                std_error, freedom = np.sqrt(np.linalg.inv(precision)[0, 0]), len(kept) - num_fitted
                 yield np.stack(np.broadcast_arrays(m, log_weight, solution[0], std_error, squares, freedom))
 
 
@@ -191,25 +192,26 @@ def _powers(decay: float, t: Float[_Array, " rung"]) -> Float[_Array, " reading"
 
 def _crossings(
     multiplicity: int, max_poles: int, t: Float[_Array, " rung"]
-) -> tuple[Float[_Array, "crossing reading"], Float[_Array, " crossing"]]:
-    """Read -f'(t + b) / f(t + b) of normal crossings whose first poles are equal, negative, and weigh each crossing."""
+) -> tuple[Float[_Array, "crossing reading"], Float[_Array, " crossing"], Float[_Array, " crossing"]]:
+    """Read -f'(t + b) / f(t + b) of crossings whose first poles are equal, weigh them, and count coefficient and b."""
     z = np.linspace(-2.5, 2.5, _NUM_OFFSETS)
     s = t + _OFFSET * np.exp(_OFFSET_SPREAD * z)[:, None]
     of_offset = np.exp(-0.5 * z**2) / np.sum(np.exp(-0.5 * z**2))
-    found, prior = [], []
+    falls, prior, num_fitted = [], [], []
     for num_poles in range(multiplicity, max_poles + 1):
         further = list(combinations_with_replacement(_GAPS, num_poles - multiplicity))
         for gaps in further:
             poles = (0.0,) * multiplicity + gaps
             # The first pole is 0, so that a derivative of f is its divided difference over the others.
             value, slope = _divided_difference(poles, s), _divided_difference(poles[1:], s)
-            found.append(np.concatenate([slope / value, np.diff(np.log(value), axis=1)], axis=1))
+            falls.append(-np.concatenate([slope / value, np.diff(np.log(value), axis=1)], axis=1))
             prior.append(of_offset / len(further) / (max_poles + 1 - multiplicity))
-    return np.concatenate(found), np.concatenate(prior)
+            num_fitted.append(np.full(len(z), 1.0 + (num_poles > 1)))
+    return np.concatenate(falls), np.concatenate(prior), np.concatenate(num_fitted)
 
 
 def _divided_difference(poles: tuple[float, ...], s: Float[_Array, "..."]) -> Float[_Array, "..."]:
-    """Take the divided difference of x -> exp(-x s) over increasing poles, its sign made positive; 0 over none."""
+    """Take the divided difference of x -> exp(-x s) over increasing poles, made positive; 0 over none."""
     if not poles:
         return np.zeros_like(s)
     if poles[0] == poles[-1]:
@@ -230,7 +232,7 @@ _GAPS = (1 / 12, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 1.0)
 _OFFSET, _OFFSET_SPREAD, _NUM_OFFSETS = 4.5, 0.6, 81
 """The posterior leaves the base at the first rung, where log Z is still of order 1: f has its zero not far below it.
 
-The numbers are those of the catalogue, whose zeros lie 2 to 8 below: they are a summary of known problems, not a derivation.
+The numbers are of the catalogue's double poles, where it lies 2 to 8 below: a summary of known problems, not a derivation.
 """
 
 _RESOLVED, _MIN_PROBABILITY = 0.95, 1e-3
