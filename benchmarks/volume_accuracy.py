@@ -28,6 +28,8 @@ from slt_interp.analytic import AnalyticProblem, catalogue, quadratic, volume_ca
 from slt_interp.errors import InputError
 from slt_interp.estimators.ladder import Ladder
 from slt_interp.estimators.llc import DO_NOT_TRUST, OK
+from slt_interp.estimators.rounding import loss_rounding
+from slt_interp.posterior import LocalPosterior
 from slt_interp.storage import RunDirectory, open_run
 
 METHODS = ("tempering", "subset", "rays", "gaussian", "nested sampling", "published rays")
@@ -51,10 +53,12 @@ class Config:
     coefficients: tuple[str, ...] | None = None
     """Names of the catalogue; by default all up to `max_dimension` whose base is not bounded and whose answer is known."""
     max_dimension: int = 20
-    max_nbeta: float = 1e7
+    max_nbeta: float = 1e9
+    """Of the ladders that coefficients are read from, which end earlier where floats round the loss by .01 / nbeta."""
+    base_scales: tuple[float, ...] = (1.0, 0.1)
+    """The second where a ladder under the first is refused."""
     num_chains: int = 32
-    """Of the ladders that coefficients are read from."""
-    num_draws: int = 4000
+    num_draws: int = 8000
     """Of each of these chains: fewer do not tell a multiplicity from a slow correction."""
 
 
@@ -312,27 +316,35 @@ _COSTS: dict[str, Callable[[AnalyticProblem, dict[str, Any]], tuple[float, float
 
 def _measure_coefficient(config: Config, name: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     problem, start = catalogue()[name], time.perf_counter()
-    # A Gaussian around the center reaches the other minima, too: the coefficient is the smallest of all, where it is known.
+    # A wide Gaussian around the center reaches other minima, too: the coefficient is the smallest of all, where it is known.
     is_local = problem.global_rlct is None
     truth = (problem.rlct, problem.multiplicity) if is_local else (problem.global_rlct, problem.global_multiplicity)
     row: dict[str, Any] = {"problem": problem.name, "dimension": problem.dimension}
     row |= {"true_coefficient": truth[0], "true_multiplicity": truth[1]}
     row |= dict.fromkeys((*_READ, "num_gradients")) | {"is_covered": False}
-    try:
-        ladder = temper(
-            jax.random.fold_in(jax.random.key(0), 29),
-            problem.loss_fn,
-            problem.center,
-            problem.data,
-            base=Gaussian(problem.center, 1.0),
-            max_nbeta=config.max_nbeta,
-            num_chains=config.num_chains,
-            num_draws=config.num_draws,
-            progress=False,
-        )
-        row |= _read_coefficient(ladder, *truth) | {"num_gradients": ladder.gradients_per_chain * ladder.loss.shape[1]}
-    except InputError as error:
-        row |= {"status": str(error), "warnings": [str(error)]}
+    base, keys = Gaussian(problem.center, 1e-3), jax.random.split(jax.random.key(1), 8)
+    near = jax.vmap(lambda key: base.sample(key, problem.center))(keys)
+    rounding = float(loss_rounding(LocalPosterior(problem.loss_fn, problem.center, 1.0, base), near, problem.data))
+    max_nbeta = min(config.max_nbeta, 0.01 / max(rounding, 1e-30))
+    for scale in config.base_scales:
+        row |= {"base_scale": scale, "max_nbeta": max_nbeta}
+        try:
+            ladder = temper(
+                jax.random.fold_in(jax.random.key(0), 29),
+                problem.loss_fn,
+                problem.center,
+                problem.data,
+                base=Gaussian(problem.center, scale),
+                max_nbeta=max_nbeta,
+                num_chains=config.num_chains,
+                num_draws=config.num_draws,
+                progress=False,
+            )
+        except InputError as error:
+            row |= {"status": str(error), "warnings": [str(error)]}
+        else:
+            row |= _read_coefficient(ladder, *truth) | {"num_gradients": ladder.gradients_per_chain * ladder.loss.shape[1]}
+            break
     return row | {"seconds": time.perf_counter() - start}, {}
 
 

@@ -7,7 +7,7 @@ equilibrated: their difference is part of every error bar, and where it is too l
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import jax
 import numpy as np
@@ -23,58 +23,11 @@ from slt_interp.estimators.coefficient import (
     fit_coefficient,
 )
 from slt_interp.estimators.llc import DO_NOT_TRUST, OK, family_limit
-from slt_interp.estimators.reweighting import NUM_BLOCKS, Reweighting, block_sums
+from slt_interp.estimators.readings import LLCCurve, LogPartition, LogVolume
+from slt_interp.estimators.reweighting import NUM_BLOCKS, Reweighting, block_rows, controlled
 from slt_interp.estimators.rungs import MIN_EXCHANGE
 from slt_interp.samplers.diagnostics import std_error
 from slt_interp.tree import Params
-
-
-@dataclass(frozen=True)
-class LLCCurve:
-    """The local learning coefficient at every rung above the base.
-
-    Attributes:
-        nbetas: increasing.
-        llc, std_error: E[nbeta (L - L*)].
-        heat_capacity, heat_capacity_std_error: nbeta^2 Var(L), which needs no L*; it equals the LLC where nbeta (L - L*) is
-            gamma distributed, and peaks at a transition.
-    """
-
-    nbetas: Float[np.ndarray, " rung"]
-    llc: Float[np.ndarray, " rung"]
-    std_error: Float[np.ndarray, " rung"]
-    heat_capacity: Float[np.ndarray, " rung"]
-    heat_capacity_std_error: Float[np.ndarray, " rung"]
-
-
-@dataclass(frozen=True)
-class LogPartition:
-    """log E_base exp(-nbeta (L - L*)) at every rung, 0 at nbeta 0, with standard errors."""
-
-    nbetas: Float[np.ndarray, " rung"]
-    log_z: Float[np.ndarray, " rung"]
-    std_error: Float[np.ndarray, " rung"]
-
-
-@dataclass(frozen=True)
-class LogVolume:
-    """log of the base measure's mass of {L <= L(w*) + threshold}, in nats.
-
-    Attributes:
-        thresholds: above the loss at the weights, nats per example.
-        log_volume, std_error: by weighted draws.
-        family_gap: by how much chains from the base and from the weights differ, nats.
-        half_gap: by how much the first and the second half of the draws differ, nats.
-        saddle_point: the same from energies alone, by inverting the partition function at its saddle point; it is good to about
-            1 / (12 (1 + LLC)) nats.
-    """
-
-    thresholds: Float[np.ndarray, " threshold"]
-    log_volume: Float[np.ndarray, " threshold"]
-    std_error: Float[np.ndarray, " threshold"]
-    family_gap: Float[np.ndarray, " threshold"]
-    half_gap: Float[np.ndarray, " threshold"]
-    saddle_point: Float[np.ndarray, " threshold"]
 
 
 @dataclass(frozen=True)
@@ -86,6 +39,8 @@ class Ladder:
         loss: of the draws, nats per example, (rung, chain, draw).
         mean_loss: averaged over the trajectory of each draw: the same expectation with less noise.
         squared_distance: |w - w*|^2 of the draws.
+        virial: (w - w*) . grad U, averaged as `mean_loss` is, U being the potential; its mean is the dimension, whatever the
+            loss. None where it is not: under a bounded base, at whose walls U ends, and with a step's discretization.
         is_from_base: for each chain, whether it started at draws of the base rather than at the weights.
         replica: which of a chain's replicas was at the rung; None if rungs do not swap.
         exchange: mean probability with which rungs r and r + 1 swap, or would.
@@ -104,6 +59,7 @@ class Ladder:
     loss: Float[np.ndarray, "rung chain draw"]
     mean_loss: Float[np.ndarray, "rung chain draw"]
     squared_distance: Float[np.ndarray, "rung chain draw"]
+    virial: Float[np.ndarray, "rung chain draw"] | None
     is_from_base: Bool[np.ndarray, " chain"]
     replica: Int[np.ndarray, "rung chain draw"] | None
     exchange: Float[np.ndarray, " pair"]
@@ -207,42 +163,59 @@ class Ladder:
 
         It is that of the base measure's whole support: the smallest of all minima there, at most the local one at the weights.
         Rungs so cold that the loss's rounding moves their energy by .01 nats, or that all their draws have one loss, are left
-        out. Errors are those of ten blocks of each chain's draws, too small where chains remember more than a tenth of the run.
+        out, and those at the cold end where the families' energies differ by more than chance. Errors are those of blocks of
+        each chain's draws, ten or as many as make 160 of all chains, and too small where chains remember longer. Under an
+        unbounded base the virial, whose mean is known, is a control variate of every reading.
 
         Raises:
             InputError: for ladders of too few rungs, chains or draws.
+
+        References:
+            Mira, Solgi and Imparato (2013), Zero variance Markov chain Monte Carlo for Bayesian estimators, arXiv:1012.2983.
         """
         num_chains, num_draws = self.loss.shape[1:]
         if not np.any(self.mean_loss[1:] - self.lowest_loss):
             return replace(OF_CONSTANT_LOSS, warnings=self.warnings)
-        last = int(np.sum(self.nbetas[1:] * self.rounding <= _MAX_ROUNDING))
+        last, notes = int(np.sum(self.nbetas[1:] * self.rounding <= _MAX_ROUNDING)), list(self.warnings)
+        agrees = np.flatnonzero(self._energies_agree[: last + 1])
+        if len(agrees) > MIN_RUNGS and agrees[-1] < last:
+            last = int(agrees[-1])
+            notes.append(
+                f"energies of chains from the base and from the weights differ above nbeta {self.nbetas[last]:.3g}, "
+                "which is left out: take more draws"
+            )
         picked = np.unique(np.linspace(min(1, last), last, _NUM_READ).round().astype(int))
         # Where all draws have one loss there is nothing to weigh by.
         picked = picked[(picked > 0) & (np.ptp(self.mean_loss[picked], axis=(1, 2)) > 0)]
-        energy = self.nbetas[picked, None, None] * (self.mean_loss[picked] - self.lowest_loss)
-        num_samples, num_readings = num_chains * NUM_BLOCKS, 2 * len(picked) - 1
+        num_blocks = min(NUM_BLOCKS, -(-_NUM_SAMPLES // num_chains))
+        num_samples, num_readings = num_chains * num_blocks, 2 * len(picked) - 1
         if len(picked) < MIN_RUNGS or num_draws < NUM_BLOCKS or num_samples < num_readings + 4:
             raise InputError(
                 f"a learning coefficient needs {MIN_RUNGS} rungs above the base, 4 chains and {NUM_BLOCKS} draws, but this "
                 f"ladder has {len(picked)} whose losses differ by more than rounding, {num_chains} and {num_draws}: "
                 "raise max_nbeta, num_chains or num_draws"
             )
-        means = energy.mean(axis=(1, 2))
-        moved = block_sums(energy - means[:, None, None], NUM_BLOCKS).T / energy[0].size
-        samples = np.concatenate([moved, np.diff(self._pooled.influences()[:, picked], axis=1)], axis=1)
+        rows_of = partial(block_rows, num_blocks=num_blocks, families=[chains for _, chains in self._families])
+        energies = rows_of(self.nbetas[picked, None, None] * (self.mean_loss[picked] - self.lowest_loss))
+        of_chains, of_families = self._pooled.influences(num_blocks)[:, picked], -self._family_gaps[0][picked]
+        log_z = np.concatenate([of_chains, self._pooled.free_energies[None, picked], of_families[None]])
+        rows = np.concatenate([energies, np.diff(log_z, axis=1)], axis=1)
+        if self.virial is not None:
+            rows = controlled(rows, rows_of(self.virial[picked] - self.dimension))
+        samples, readings, gap = rows[:num_samples], rows[-2], rows[-1]
         # The inverse of a covariance from few samples is too large, by a known factor (Hartlap et al. 2007).
         covariance = samples.T @ samples * num_samples / (num_samples - num_readings - 2)
-        first, second = (energy[:, chains].mean(axis=(1, 2)) for _, chains in self._families)
-        gap = np.concatenate([first - second, -np.diff(self._family_gaps[0][picked])])
         bias = np.concatenate([self._biases[0][picked], np.diff(self._biases[1][picked])])
+        # The lowest loss is rounded, too; and laws are good to about a thousandth.
+        rounding = self.rounding * np.concatenate([self.nbetas[picked], np.diff(self.nbetas[picked])])
+        covariance += np.outer(gap, gap) / 4 + np.outer(bias, bias) + np.outer(rounding, rounding)
         found = fit_coefficient(
             np.log(self.nbetas[picked]),
-            means,
-            np.diff(self._pooled.free_energies[picked]),
-            covariance + np.outer(gap, gap) / 4 + np.outer(bias, bias),
+            *np.split(readings, [len(picked)]),
+            covariance + np.diag((_LAW_ERROR * readings) ** 2),
             min(MAX_POLES, self.dimension),
         )
-        return replace(found, warnings=(*found.warnings, *self.warnings))
+        return replace(found, warnings=(*found.warnings, *notes))
 
     def log_volume(self, thresholds: Sequence[float] | Float[np.ndarray, " threshold"]) -> LogVolume:
         """Estimate the log of the base's mass of {L <= L(w*) + threshold}.
@@ -334,6 +307,14 @@ class Ladder:
         (first, first_error), (second, second_error) = (family.log_partition() for family, _ in self._families)
         return first - second, np.hypot(first_error, second_error)
 
+    @cached_property
+    def _energies_agree(self) -> Bool[np.ndarray, " rung"]:
+        """Tell where the families' energies differ by no more than chance."""
+        first, second = (self.mean_loss[:, chains].mean(axis=2) for _, chains in self._families)
+        error = np.sqrt(sum(x.var(axis=1, ddof=1) / x.shape[1] for x in (first, second)))
+        limit = family_limit(len(self.is_from_base))
+        return np.abs(first.mean(axis=1) - second.mean(axis=1)) <= limit * error
+
     def _error(self, series: Float[np.ndarray, "chain draw"]) -> float:
         first, second = (series[chains].mean() for _, chains in self._families)
         return max(std_error(series), abs(first - second) / 2)
@@ -378,8 +359,10 @@ def _gap(first: float, second: float) -> float:
 _MIN_SHARE = 0.05
 """Of the coldest rung's draws so many must lie below a threshold."""
 
-_NUM_READ = 12
-"""A learning coefficient is read from at most so many rungs."""
+_NUM_READ, _NUM_SAMPLES = 12, 160
+"""A learning coefficient is read from at most so many rungs; the covariance of readings needs a few times as many samples."""
+
+_LAW_ERROR = 1e-3
 
 _CLEARLY = 6.0
 """Standard deviations of rounding: of as many draws as a ladder has, none comes so far by chance."""

@@ -125,6 +125,7 @@ def minibatch_ladder(
         loss=loss,
         mean_loss=loss,
         squared_distance=readings.squared_distance,
+        virial=None,
         is_from_base=(np.arange(num_chains) < half)[is_finite],
         replica=None,
         exchange=overlap.mean(axis=(1, 2)),

@@ -8,11 +8,12 @@ alike than they should be where chains remember long; chains are few, so that no
 that goes on until its error is small would end just then: the larger of the two errors counts.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 _Array = np.ndarray
 
@@ -39,7 +40,7 @@ class Reweighting:
 
     def log_partition(self) -> tuple[Float[_Array, " rung"], Float[_Array, " rung"]]:
         """Estimate log Z of every rung, 0 at nbeta 0, and its standard error."""
-        return -self.free_energies, self._spread(self.influences())
+        return -self.free_energies, self._spread(self.influences(self._num_blocks))
 
     def log_mass(self, inside: Bool[_Array, "rung chain draw"]) -> float:
         """Estimate the log of the base measure's mass of a set of draws: -inf for a set without any."""
@@ -56,7 +57,7 @@ class Reweighting:
         # Weights fall with the partition functions: d log w_n / d f_r = -(share of rung r in draw n).
         share = selected.ravel() @ self._shares.T
         moved = selected.sum(axis=0, keepdims=True) - 1 / selected[0].size
-        return float(self._spread(block_sums(moved, self._num_blocks)[0] - self.influences() @ share))
+        return float(self._spread(block_sums(moved, self._num_blocks)[0] - self.influences(self._num_blocks) @ share))
 
     def moments(self, nbeta: float) -> tuple[float, float, float]:
         """Estimate log Z, mean and variance of the loss at any nbeta within the ladder."""
@@ -127,10 +128,10 @@ class Reweighting:
         """Probability that a pooled draw with this loss comes from rung r."""
         return np.exp(self._log_terms(self.free_energies[1:], self.losses.ravel()) - self._log_denominator)
 
-    def influences(self) -> Float[_Array, "chain*block rung"]:
-        """By how much the draws of each block of each chain move the free energies."""
+    def influences(self, num_blocks: int) -> Float[_Array, "chain*block rung"]:
+        """By how much the draws of each of `num_blocks` blocks of each chain move the free energies."""
         shares, num_rungs = self._shares, len(self.nbetas)
-        excess = block_sums(shares.reshape(num_rungs, *self.losses.shape).sum(axis=1) - 1, self._num_blocks).T
+        excess = block_sums(shares.reshape(num_rungs, *self.losses.shape).sum(axis=1) - 1, num_blocks).T
         curvature = np.diag(shares.sum(axis=1)) - shares @ shares.T
         moved = np.linalg.lstsq(curvature[1:, 1:], -excess[:, 1:].T, rcond=None)[0].T
         return np.concatenate([np.zeros((len(moved), 1)), moved], axis=1)
@@ -159,6 +160,29 @@ def block_sums(values: Float[_Array, "event chain draw"], num_blocks: int) -> Fl
     """Sum over `num_blocks` successive parts of each chain, of as equal a length as can be."""
     edges = np.arange(num_blocks) * values.shape[2] // num_blocks
     return np.add.reduceat(values, edges, axis=2).reshape(len(values), -1)
+
+
+def block_rows(
+    values: Float[_Array, "event chain draw"], num_blocks: int, families: Sequence[Int[_Array, " member"]]
+) -> Float[_Array, "chain*block+2 event"]:
+    """Tell by how much each block of each chain moves the mean; then the mean; then by how much two families differ."""
+    mean = values.mean(axis=(1, 2))
+    moved = block_sums(values - mean[:, None, None], num_blocks).T / values[0].size
+    first, second = (values[:, chains].mean(axis=(1, 2)) for chains in families)
+    return np.concatenate([moved, mean[None], (first - second)[None]])
+
+
+def controlled(rows: Float[_Array, "row reading"], controls: Float[_Array, "row rung"]) -> Float[_Array, "row reading"]:
+    """Take out what controls, whose expectation is 0, explain of the scatter of readings (control variates).
+
+    Args:
+        rows: of `block_rows`, of a reading at each rung, and then of one between each and the next.
+        controls: of `block_rows`, one at each rung: a reading is compared with its own.
+    """
+    rows, rungs = rows.copy(), np.arange(controls.shape[1])
+    for j, own in enumerate([*rungs[:, None], *np.stack([rungs[:-1], rungs[1:]], axis=1)]):
+        rows[:, j] -= controls[:, own] @ np.linalg.lstsq(controls[:-2, own], rows[:-2, j], rcond=None)[0]
+    return rows
 
 
 def _energy(nbeta: float, losses: _Array) -> _Array:

@@ -21,6 +21,7 @@ from slt_interp.data import Batch, FullBatch
 from slt_interp.errors import InputError
 from slt_interp.estimators.annealing import ANNEALING, annealed
 from slt_interp.estimators.llc import Energy
+from slt_interp.estimators.rounding import loss_rounding
 from slt_interp.posterior import LocalPosterior
 from slt_interp.samplers.chains import chain_mesh, choose_block_size, sample
 from slt_interp.samplers.draws import Draws, starting
@@ -167,21 +168,22 @@ def place_rungs(
     first = min(first_rung(base_key, target, families.params, families.data, top), top / GROWTH**3)
     tripled = np.concatenate([[0.0], np.geomspace(first, top, 1 + int(np.ceil(np.log(top / first) / np.log(GROWTH) - 1e-6)))])
     pilot, places, spent = _pilot(pilot_key, target, families, tripled, checkpoint and checkpoint / "pilot")
-    kernel = _kernel(target, pilot, _spaced(pilot, tripled))
-    count = np.size(kernel.target.nbeta)
+    reached = _reached(pilot, tripled)
+    count = 2 + max(1, int(np.ceil(reached[-1] - 1e-6)))
     # Of both families together: one of them is annealed.
     steps = ANNEALING / 2 + _NUM_TRIALS * CHUNK + BURNIN_PER_RUNG * count + MIN_DRAWS
-    if spent + kernel.kernel.num_leapfrog * count * steps > max_gradients:
+    if spent + HMC.num_leapfrog * count * steps > max_gradients:
         return None, places, spent
     if count > MAX_RUNGS:
+        rounding = float(loss_rounding(target, jax.tree.map(lambda x: x[:, -1], places[1].params), families.data))
         raise InputError(
             f"a ladder up to nbeta {top:.3g} would need {count:,} rungs, and at most {MAX_RUNGS} are run: at cold rungs "
-            "energies differ widely between chains, as where there are several minima; narrow the base measure, or end at a "
-            "smaller nbeta"
+            "energies differ widely between chains, as where there are several minima, or where floats round the loss (here "
+            f"by {rounding:.1g} nats); narrow the base measure, or end at a smaller nbeta"
         )
+    kernel = _kernel(target, pilot, _spaced(reached, tripled, count))
     nbetas = np.asarray(kernel.target.nbeta, np.float64)
-    from_base = annealed(anneal_key, kernel, families.num_chains, families.params, families.data)
-    places = Place(nbetas, from_base), places[1]
+    places = Place(nbetas, annealed(anneal_key, kernel, families.num_chains, families.params, families.data)), places[1]
     spent += kernel.kernel.num_leapfrog * (count - 1) * ANNEALING / 2
     for attempt in range(_NUM_TRIALS):
         nbetas = np.asarray(kernel.target.nbeta, np.float64)
@@ -351,17 +353,19 @@ def _pilot_gradients(target: LocalPosterior, state: ExchangeState, info: Info) -
     return _PilotReadings(keep_rungs(target)(state, info), state.rungs.gradient)
 
 
-def _spaced(pilot: _Pilot, nbetas: np.ndarray) -> Float[np.ndarray, " rung"]:
-    """Space rungs evenly in the scatter of nbeta L, and never further apart than the pilot's."""
+def _reached(pilot: _Pilot, nbetas: np.ndarray) -> Float[np.ndarray, " rung"]:
+    """Count steps to each rung of the pilot: of equal scatter of nbeta L, and never larger than the pilot's."""
     logs, heat = np.log(nbetas[1:]), nbetas[1:] ** 2 * pilot.variance[1:]
     # What falls between two rungs of the pilot, as at a transition, shows in the difference of their means.
-    fall = -np.diff(pilot.mean[1:]) / np.diff(logs)
-    between = np.sqrt(np.maximum(fall * np.sqrt(nbetas[1:-1] * nbetas[2:]), 0.0))
+    fall = np.maximum(-np.diff(pilot.mean[1:]) / np.diff(logs), 0.0)
+    between = np.sqrt(fall * np.sqrt(nbetas[1:-1] * nbetas[2:]))
     scatter = np.maximum((np.sqrt(heat[1:]) + np.sqrt(heat[:-1])) / 2, between)
-    density = np.maximum(scatter / SCATTER, 1 / np.log(GROWTH))
-    reached = np.concatenate([[0.0], np.cumsum(density * np.diff(logs))])
-    count = 1 + max(1, int(np.ceil(reached[-1] - 1e-6)))
-    inner = np.exp(np.interp(np.linspace(0, reached[-1], count), reached, logs))
+    return np.concatenate([[0.0], np.cumsum(np.maximum(scatter / SCATTER, 1 / np.log(GROWTH)) * np.diff(logs))])
+
+
+def _spaced(reached: np.ndarray, nbetas: np.ndarray, count: int) -> Float[np.ndarray, " rung"]:
+    """Space as many rungs evenly in what `_reached` counts."""
+    inner = np.exp(np.interp(np.linspace(0, reached[-1], count - 1), reached, np.log(nbetas[1:])))
     return np.concatenate([[0.0], inner[:-1], nbetas[-1:]])
 
 
@@ -380,8 +384,7 @@ def _nearest(nbetas: Any, others: Any) -> Int[np.ndarray, " rung"]:
 
 
 def _places(runs: tuple[Draws, Draws], nbetas: np.ndarray) -> tuple[Place, Place]:
-    first, second = (Place(nbetas, draws.state.params) for draws in runs)
-    return first, second
+    return Place(nbetas, runs[0].state.params), Place(nbetas, runs[1].state.params)
 
 
 def _at(place: Place, kernel: ReplicaExchange, data: Batch) -> Draws:

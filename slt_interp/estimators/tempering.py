@@ -181,12 +181,14 @@ def _ladder(kernel: ReplicaExchange, runs: tuple[Draws, Draws], data: Batch, ini
 
     loss = by_rung(readings.loss).astype(np.float64)
     sizes = [int(draws.is_finite.sum()) for draws in runs]
+    is_bounded = kernel.target.base.is_bounded
     coldest = jax.tree.map(lambda x: x[:, -1], joined(runs, lambda draws: draws.state.params))
     return Ladder(
         nbetas=np.asarray(kernel.target.nbeta, np.float64),
         loss=loss,
         mean_loss=by_rung(joined(runs, lambda draws: draws.info.loss)).astype(np.float64),
         squared_distance=by_rung(readings.squared_distance).astype(np.float64),
+        virial=None if is_bounded else by_rung(joined(runs, lambda draws: draws.info.virial)).astype(np.float64),
         is_from_base=np.arange(sum(sizes)) < sizes[0],
         replica=by_rung(readings.replica),
         exchange=readings.exchange.mean(axis=(0, 1), dtype=np.float64),

@@ -25,9 +25,10 @@ from slt_interp.curvature.gaussian import log_ellipsoid_mass
 from slt_interp.curvature.spectrum import DENSE_LIMIT, dense_hessian
 from slt_interp.data import MAX_FULL_BATCH, Batch, FullBatch, Minibatches, is_large
 from slt_interp.errors import InputError
-from slt_interp.estimators.ladder import Ladder, LogVolume
+from slt_interp.estimators.ladder import Ladder
 from slt_interp.estimators.llc import DO_NOT_TRUST, OK
 from slt_interp.estimators.rays import ray_volume
+from slt_interp.estimators.readings import LogVolume
 from slt_interp.estimators.subset import subset_simulation
 from slt_interp.estimators.tempering import ladders
 from slt_interp.estimators.volume_estimate import REFUSED, VolumeEstimate, check_labels, check_thresholds, rounding_warnings

@@ -105,6 +105,7 @@ def test_rungs_of_a_ladder_are_a_dial(key):
         loss=loss,
         mean_loss=loss,
         squared_distance=np.sum((weights - PARAMS["w"]) ** 2, axis=-1),
+        virial=None,
         is_from_base=np.array([True, True, False, False]),
         replica=np.zeros(loss.shape, int),
         exchange=np.ones(3),

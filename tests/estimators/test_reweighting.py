@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from slt_interp.estimators.reweighting import Reweighting
+from slt_interp.estimators.reweighting import Reweighting, block_rows, controlled
 
 NBETAS = np.concatenate([[0.0], np.geomspace(0.3, 1e3, 10)])
 SHAPE = 2.5
@@ -78,3 +78,18 @@ def test_moments_between_rungs_are_those_of_the_exact_law():
     values = np.array([_gamma_ladder(seed).moments(20.0) for seed in range(10)])
     exact = [-SHAPE * np.log1p(20.0), SHAPE / 21.0, SHAPE / 21.0**2]
     assert np.all(np.abs(values.mean(axis=0) - exact) < 4 * values.std(axis=0, ddof=1) / np.sqrt(10))
+
+
+def test_controls_take_out_what_is_in_proportion_to_them_and_leave_the_rest():
+    ladder, families = _gamma_ladder(0), [np.arange(4), np.arange(4, 8)]
+    energies = block_rows(NBETAS[1:, None, None] * ladder.losses[1:], 10, families)
+    # 2 (1 + nbeta) L is the virial of that quadratic, of mean 5: energies are proportional to it.
+    controls = block_rows(2 * (1 + NBETAS[1:, None, None]) * ladder.losses[1:] - 2 * SHAPE, 10, families)
+    unrelated = np.random.default_rng(1).normal(size=(82, 9))
+    found = controlled(np.concatenate([energies, unrelated], axis=1), controls)
+    exact = SHAPE * NBETAS[1:] / (1 + NBETAS[1:])
+    np.testing.assert_allclose(found[-2, :10], exact, rtol=1e-12)
+    np.testing.assert_allclose(np.delete(found[:, :10], -2, axis=0), 0.0, atol=1e-12)
+    # Two coefficients fitted to 80 rows of noise explain 1 / 40 of it, give or take sqrt(2 * 2) / 80 for each of 9.
+    explained = 1 - np.mean(found[:80, 10:] ** 2) / np.mean(unrelated[:80] ** 2)
+    assert abs(explained - 1 / 40) < 4 * 2 / 80 / 3

@@ -30,15 +30,17 @@ def _families():
     return Families(jnp.zeros(1), None, num_chains=2, progress=False)
 
 
-def _pilot(mean, variance):
+def _spaced(mean, variance):
     unknown = np.array([np.nan])
-    return rungs._Pilot(TRIPLED, None, jnp.ones(8), *(np.concatenate([unknown, x]) for x in (mean, variance)))
+    pilot = rungs._Pilot(TRIPLED, None, jnp.ones(8), *(np.concatenate([unknown, x]) for x in (mean, variance)))
+    reached = rungs._reached(pilot, TRIPLED)
+    return rungs._spaced(reached, TRIPLED, 2 + int(np.ceil(reached[-1] - ROUNDING)))
 
 
 @pytest.mark.parametrize("coefficient", [4.0, 100.0, 1e4])
 def test_exact_energies_of_a_coefficient_give_rungs_in_a_ratio(coefficient):
     nbetas = TRIPLED[1:]
-    found = rungs._spaced(_pilot(coefficient / nbetas, coefficient / nbetas**2), TRIPLED)
+    found = _spaced(coefficient / nbetas, coefficient / nbetas**2)
     # nbeta L has the standard deviation sqrt(coefficient) everywhere, and neighbors are 1.4 of these apart. What the means of
     # two rungs N and 3 N say, with u = log 3, counts where it is more: the root of coefficient (1 / N - 1 / 3N) sqrt(N 3N) / u
     # = coefficient 2 sinh(u / 2) / u, which is 1.025 times as much. The last gap would be a part of one: all shrink instead.
@@ -56,7 +58,7 @@ def test_a_fall_of_the_mean_between_two_rungs_of_the_pilot_gets_rungs_there():
     # 7 * 1.4 / u, whose square is the fall per unit of log nbeta, times the geometric mean of both nbetas.
     u = np.log(3.0)
     fall = (7 * 1.4 / u) ** 2 * u / np.sqrt(TRIPLED[3] * TRIPLED[4])
-    found = rungs._spaced(_pilot(np.where(np.arange(7) < 3, fall, 0.0), np.zeros(7)), TRIPLED)
+    found = _spaced(np.where(np.arange(7) < 3, fall, 0.0), np.zeros(7))
     expected = np.concatenate([TRIPLED[:3], np.geomspace(TRIPLED[3], TRIPLED[4], 8), TRIPLED[5:]])
     np.testing.assert_allclose(found, expected, rtol=ROUNDING)
 
@@ -182,6 +184,7 @@ def test_ladder_of_a_stiff_quadratic_with_flat_directions_has_few_rungs_and_the_
 
 
 def test_a_ladder_of_thousands_of_rungs_is_refused_before_it_is_run(key, monkeypatch):
-    monkeypatch.setattr(rungs, "_spaced", lambda pilot, nbetas: np.linspace(0.0, 100.0, 5000))
-    with pytest.raises(InputError, match="would need 5,000 rungs, and at most 400 are run"):
+    # Where floats round the loss by more than 1 / nbeta, energies scatter with nbeta: a list of these rungs would not fit.
+    monkeypatch.setattr(rungs, "_reached", lambda pilot, nbetas: np.linspace(0.0, 1e11, len(nbetas) - 1))
+    with pytest.raises(InputError, match="would need 100,000,000,002 rungs, and at most 400 are run"):
         place_rungs(key, _target(half_square, 100.0), _families())

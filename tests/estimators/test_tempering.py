@@ -103,6 +103,7 @@ def _synthetic(shift=0.0, exchange=0.5, init_loss=0.0, rounding=0.0):
         loss,
         loss,
         loss,
+        None,
         is_from_base,
         replica,
         np.full(6, exchange),
@@ -208,6 +209,28 @@ def test_learning_coefficient_of_independent_draws_is_that_of_the_quadratic():
     # that the families differ, the fit does not follow those energies; otherwise the answer would move by a standard error.
     assert abs(apart.coefficients[0] - found.coefficients[0]) < 0.5 * found.std_errors[0]
     assert any("disagree in log Z" in warning for warning in apart.warnings)
+
+
+def test_a_virial_whose_mean_is_known_takes_the_noise_from_a_learning_coefficient():
+    ladder = _synthetic()
+    # (w - w*) . grad U = (nbeta + 1) |w|^2 is 2 (nbeta + 1) times the loss: no scatter of an energy is left.
+    virial = 2 * (1 + ladder.nbetas)[:, None, None] * ladder.loss
+    found, alone = dataclasses.replace(ladder, virial=virial).learning_coefficient(), ladder.learning_coefficient()
+    assert found.covers(2.0, 1), found
+    assert found.std_errors[0] < alone.std_errors[0]
+    assert found.probability[0] > alone.probability[0]
+
+
+def test_cold_rungs_where_the_families_differ_give_no_learning_coefficient():
+    ladder = _synthetic()
+    loss = ladder.loss.copy()
+    loss[-1, ladder.is_from_base] *= 2
+    found = dataclasses.replace(ladder, loss=loss, mean_loss=loss).learning_coefficient()
+    short = {name: getattr(ladder, name)[:-1] for name in ("nbetas", "loss", "mean_loss", "exchange")}
+    without = dataclasses.replace(ladder, **short).learning_coefficient()
+    # MBAR still weighs the draws that are left out.
+    assert abs(found.coefficients[0] - without.coefficients[0]) < without.std_errors[0]
+    assert any("differ above nbeta 39.8, which is left out" in warning for warning in found.warnings)
 
 
 def test_learning_coefficient_needs_rungs_and_draws():

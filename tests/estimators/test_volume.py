@@ -180,7 +180,7 @@ def _exact_ladder(num_draws, late=1.0):
     loss = np.random.default_rng(0).gamma(2.0, 1 / (1 + nbetas)[:, None, None], (9, 8, num_draws))
     loss[1:, :, num_draws // 2 :] *= late
     shared = {"mean_loss": loss, "squared_distance": loss, "replica": np.zeros(loss.shape, int), "exchange": np.full(8, 0.4)}
-    counts = {"dimension": 4, "params": None, "num_lost": 0, "gradients_per_chain": 1.0}
+    counts = {"virial": None, "dimension": 4, "params": None, "num_lost": 0, "gradients_per_chain": 1.0}
     losses = {"init_loss": 0.0, "rounding": 0.0}
     return Ladder(nbetas, loss, is_from_base=np.arange(8) < 4, base=Gaussian(0.0, 1.0), **shared, **counts, **losses)
 
