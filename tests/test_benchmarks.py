@@ -16,6 +16,7 @@ from jax.flatten_util import ravel_pytree
 
 from slt_interp import analytic
 from slt_interp.bases import Gaussian
+from slt_interp.errors import InputError
 from slt_interp.estimators.coefficient import LearningCoefficient
 from slt_interp.storage import read_run
 
@@ -190,11 +191,21 @@ def test_coefficients_of_ladders_are_read_and_scored(volume_accuracy, monkeypatc
     found = LearningCoefficient(np.array([0.9, 0.1]), np.array([0.51, 0.6]), np.array([0.01, 0.02]))
     ladder = SimpleNamespace(learning_coefficient=lambda: found, gradients_per_chain=10.0, loss=np.zeros((3, 8, 5)))
     monkeypatch.setattr(volume_accuracy, "catalogue", lambda: {"q": analytic.quadratic([1.0]), "m": analytic.monomial([1, 1])})
-    monkeypatch.setattr(volume_accuracy, "temper", lambda *_, **__: ladder)
+    scales = []
+
+    def refuse_once(*_, base, **__):
+        scales.append(base.scale)
+        if len(scales) == 1:
+            raise InputError("too wide")
+        return ladder
+
+    monkeypatch.setattr(volume_accuracy, "temper", refuse_once)
     regular, singular = (volume_accuracy._measure_coefficient(volume_accuracy.Config(), name)[0] for name in ("q", "m"))
     assert (regular["coefficient"], regular["multiplicity"], regular["num_gradients"]) == (0.51, 1, 80.0)
     assert (regular["true_coefficient"], regular["true_multiplicity"], regular["is_covered"]) == (0.5, 1, True)
     assert (singular["true_multiplicity"], singular["is_covered"]) == (2, False)
+    assert scales == [1.0, 0.1, 1.0]
+    assert (regular["base_scale"], singular["base_scale"]) == (0.1, 1.0)
     json.dumps([regular, singular], allow_nan=False)
     scores = volume_accuracy.coefficient_scores([regular, singular, regular | {"problem": "lost", "coefficient": None}])
     assert scores["not_covered"] == [singular["problem"]]

@@ -206,13 +206,14 @@ class Ladder:
         # The inverse of a covariance from few samples is too large, by a known factor (Hartlap et al. 2007).
         covariance = samples.T @ samples * num_samples / (num_samples - num_readings - 2)
         bias = np.concatenate([self._biases[0][picked], np.diff(self._biases[1][picked])])
-        # The lowest loss is rounded, too; and laws are good to about a thousandth.
+        # The lowest loss is rounded, too; and laws are good to about a thousandth, of small readings to 1e-4 nats.
         rounding = self.rounding * np.concatenate([self.nbetas[picked], np.diff(self.nbetas[picked])])
         covariance += np.outer(gap, gap) / 4 + np.outer(bias, bias) + np.outer(rounding, rounding)
         found = fit_coefficient(
             np.log(self.nbetas[picked]),
-            *np.split(readings, [len(picked)]),
-            covariance + np.diag((_LAW_ERROR * readings) ** 2),
+            readings[: len(picked)],
+            readings[len(picked) :],
+            covariance + np.diag((_LAW_ERROR * np.maximum(np.abs(readings), 0.1)) ** 2),
             min(MAX_POLES, self.dimension),
         )
         return replace(found, warnings=(*found.warnings, *notes))
