@@ -340,11 +340,10 @@ def _measure_coefficient(config: Config, name: str) -> tuple[dict[str, Any], dic
                 num_draws=config.num_draws,
                 progress=False,
             )
-        except InputError as error:
-            row |= {"status": str(error), "warnings": [str(error)]}
-        else:
             row |= _read_coefficient(ladder, *truth) | {"num_gradients": ladder.gradients_per_chain * ladder.loss.shape[1]}
             break
+        except InputError as error:
+            row |= {"status": str(error), "warnings": [str(error)]}
     return row | {"seconds": time.perf_counter() - start}, {}
 
 

@@ -24,7 +24,7 @@ from slt_interp.estimators.coefficient import (
 )
 from slt_interp.estimators.llc import DO_NOT_TRUST, OK, family_limit
 from slt_interp.estimators.readings import LLCCurve, LogPartition, LogVolume
-from slt_interp.estimators.reweighting import NUM_BLOCKS, Reweighting, block_rows, controlled
+from slt_interp.estimators.reweighting import NUM_BLOCKS, Reweighting, block_rows, controlled, spread
 from slt_interp.estimators.rungs import MIN_EXCHANGE
 from slt_interp.samplers.diagnostics import std_error
 from slt_interp.tree import Params
@@ -164,8 +164,8 @@ class Ladder:
         It is that of the base measure's whole support: the smallest of all minima there, at most the local one at the weights.
         Rungs so cold that the loss's rounding moves their energy by .01 nats, or that all their draws have one loss, are left
         out, and those at the cold end where the families' energies differ by more than chance. Errors are those of blocks of
-        each chain's draws, ten or as many as make 160 of all chains, and too small where chains remember longer. Under an
-        unbounded base the virial, whose mean is known, is a control variate of every reading.
+        each chain's draws, ten or fewer where 160 of all chains suffice, and too small where chains remember longer. Under an
+        unbounded base the virial, whose mean is known unless the loss jumps, is a control variate of every reading.
 
         Raises:
             InputError: for ladders of too few rungs, chains or draws.
@@ -192,7 +192,7 @@ class Ladder:
         if len(picked) < MIN_RUNGS or num_draws < NUM_BLOCKS or num_samples < num_readings + 4:
             raise InputError(
                 f"a learning coefficient needs {MIN_RUNGS} rungs above the base, 4 chains and {NUM_BLOCKS} draws, but this "
-                f"ladder has {len(picked)} whose losses differ by more than rounding, {num_chains} and {num_draws}: "
+                f"ladder has {len(picked)} that can be read, {num_chains} and {num_draws}: "
                 "raise max_nbeta, num_chains or num_draws"
             )
         rows_of = partial(block_rows, num_blocks=num_blocks, families=[chains for _, chains in self._families])
@@ -201,7 +201,16 @@ class Ladder:
         log_z = np.concatenate([of_chains, self._pooled.free_energies[None, picked], of_families[None]])
         rows = np.concatenate([energies, np.diff(log_z, axis=1)], axis=1)
         if self.virial is not None:
-            rows = controlled(rows, rows_of(self.virial[picked] - self.dimension))
+            controls = rows_of(self.virial[picked] - self.dimension)
+            known = np.maximum(spread(controls[:num_samples], num_chains), _TINY)
+            scores = np.abs(controls[num_samples]) / known
+            if scores.max() < family_limit(num_chains, deviations=4.0):
+                rows = controlled(rows, controls)
+            else:
+                notes.append(
+                    f"the virial is {scores.max():.2g} standard errors off its mean, the dimension, at nbeta "
+                    f"{self.nbetas[picked[scores.argmax()]]:.3g}: the loss jumps somewhere, or chains are still on their way"
+                )
         samples, readings, gap = rows[:num_samples], rows[-2], rows[-1]
         # The inverse of a covariance from few samples is too large, by a known factor (Hartlap et al. 2007).
         covariance = samples.T @ samples * num_samples / (num_samples - num_readings - 2)
@@ -310,11 +319,14 @@ class Ladder:
 
     @cached_property
     def _energies_agree(self) -> Bool[np.ndarray, " rung"]:
-        """Tell where the families' energies differ by no more than chance."""
-        first, second = (self.mean_loss[:, chains].mean(axis=2) for _, chains in self._families)
-        error = np.sqrt(sum(x.var(axis=1, ddof=1) / x.shape[1] for x in (first, second)))
-        limit = family_limit(len(self.is_from_base))
-        return np.abs(first.mean(axis=1) - second.mean(axis=1)) <= limit * error
+        """Tell where the families' energies differ by no more than chance, as at the base, where losses may be infinite."""
+        agree = np.ones(len(self.nbetas), bool)
+        first, second = (self.mean_loss[1:, chains].mean(axis=2) for _, chains in self._families)
+        if min(first.shape[1], second.shape[1]) > 1:
+            error = np.sqrt(sum(x.var(axis=1, ddof=1) / x.shape[1] for x in (first, second)))
+            limit = family_limit(len(self.is_from_base))
+            agree[1:] = np.abs(first.mean(axis=1) - second.mean(axis=1)) <= limit * error
+        return agree
 
     def _error(self, series: Float[np.ndarray, "chain draw"]) -> float:
         first, second = (series[chains].mean() for _, chains in self._families)
@@ -364,6 +376,9 @@ _NUM_READ, _NUM_SAMPLES = 12, 160
 """A learning coefficient is read from at most so many rungs; the covariance of readings needs a few times as many samples."""
 
 _LAW_ERROR = 1e-3
+"""What laws for Z neglect, as a share of a reading."""
+
+_TINY = 1e-12
 
 _CLEARLY = 6.0
 """Standard deviations of rounding: of as many draws as a ladder has, none comes so far by chance."""

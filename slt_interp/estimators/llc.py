@@ -157,11 +157,11 @@ def llc(
     )
 
 
-def family_limit(num_chains: int) -> float:
-    """So many standard errors between two families, known from `num_chains` chains, are as rare as 3 of a normal."""
+def family_limit(num_chains: int, deviations: float = 3.0) -> float:
+    """So many standard errors between two families, known from `num_chains` chains, are as rare as `deviations` of a normal."""
     from scipy.stats import norm, t
 
-    return float(t.isf(norm.sf(3), max(1, num_chains - 2)))
+    return float(t.isf(norm.sf(deviations), max(1, num_chains - 2)))
 
 
 class Energy(NamedTuple):

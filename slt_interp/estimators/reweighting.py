@@ -141,11 +141,15 @@ class Reweighting:
         return min(NUM_BLOCKS, self.losses.shape[2])
 
     def _spread(self, influences: Float[_Array, "chain*block *event"]) -> Float[_Array, "*event"]:
-        """Compute the standard error of a sum over blocks: the larger of what chains and blocks tell; NaN for one chain."""
-        of_chains = influences.reshape(self.losses.shape[1], -1, *influences.shape[1:]).sum(axis=1)
-        if len(of_chains) == 1:
-            return np.full(influences.shape[1:], np.nan)
-        return np.sqrt(np.maximum(*(len(x) / (len(x) - 1) * np.sum(x**2, axis=0) for x in (of_chains, influences))))
+        return spread(influences, self.losses.shape[1])
+
+
+def spread(influences: Float[_Array, "chain*block *event"], num_chains: int) -> Float[_Array, "*event"]:
+    """Compute the standard error of a sum over blocks: the larger of what chains and blocks tell; NaN for one chain."""
+    of_chains = influences.reshape(num_chains, -1, *influences.shape[1:]).sum(axis=1)
+    if num_chains == 1:
+        return np.full(influences.shape[1:], np.nan)
+    return np.sqrt(np.maximum(*(len(x) / (len(x) - 1) * np.sum(x**2, axis=0) for x in (of_chains, influences))))
 
 
 NUM_BLOCKS = 10

@@ -364,7 +364,7 @@ def _reached(pilot: _Pilot, nbetas: np.ndarray) -> Float[np.ndarray, " rung"]:
 
 
 def _spaced(reached: np.ndarray, nbetas: np.ndarray, count: int) -> Float[np.ndarray, " rung"]:
-    """Space as many rungs evenly in what `_reached` counts."""
+    """Space `count` rungs evenly in what `_reached` counts."""
     inner = np.exp(np.interp(np.linspace(0, reached[-1], count - 1), reached, np.log(nbetas[1:])))
     return np.concatenate([[0.0], inner[:-1], nbetas[-1:]])
 
