@@ -12,7 +12,9 @@ With f the divided difference over the poles' distances from the smallest, the e
 where the last term stands for the leading correction, of this or of other crossings; increments of -log Z between rungs are
 its integrals. What is not known (the poles, b, a, delta, and from which rung on the law holds) is averaged over: coefficient
 and amplitude are linear and integrated in closed form, the rest lies on a small grid. Near poles look like equal ones: with
-errors of 1 %, two that are 1/12 apart are hardly told from a double one below an nbeta of 1e7.
+errors of 1 %, two that are 1/12 apart are hardly told from a double one below an nbeta of 1e7. Arithmetic helps: where K
+vanishes to order 2k and the volume element to order h along a divisor of the resolution, the pole is (h + 1) / (2k), so that
+laws whose coefficient lies at a fraction of small k are the more probable ones.
 """
 
 from collections.abc import Iterator
@@ -107,6 +109,10 @@ def fit_coefficient(
     4.5 below log nbeta of the first rung, within a factor of 2; a correction has an amplitude of about half the largest energy,
     or none. A law may begin to hold at any rung: each reading left out costs a factor of e, as in Akaike's criterion.
 
+    The coefficient is as probably as not a fraction (h + 1) / (2k) with k up to 12, then with a probability in proportion to
+    1 / k^2. This weighs laws against one another, and says nothing where errors are above 1/2; the coefficient of a law and its
+    error are as the readings have them.
+
     Args:
         log_nbetas: increasing, at least `MIN_RUNGS`, the first where the posterior leaves the base measure.
         energies: E[nbeta (L - L*)].
@@ -181,7 +187,22 @@ def _fits(
                 log_weight = -0.5 * squares - 0.5 * np.linalg.slogdet(precision)[1] - (len(readings) - len(kept))
                 log_weight += np.log(prior * 0.5**m) + (-np.log(2 * len(_GAPS) * amplitude) if decay else np.log(0.5))
                 std_error, freedom = np.sqrt(np.linalg.inv(precision)[0, 0]), len(kept) - num_fitted
+                log_weight += np.log(_density_of_poles(solution[0], std_error))
                 yield np.stack(np.broadcast_arrays(m, log_weight, solution[0], std_error, squares, freedom))
+
+
+def _density_of_poles(pole: Float[_Array, " law"], std_error: float) -> Float[_Array, " law"]:
+    """Average the prior density of a pole over a normal distribution; 1 if that is wide."""
+    orders = np.arange(1, _LARGEST_ORDER + 1)[:, None]
+    # In units of the distance between the fractions of one k.
+    place, width = 2 * orders * pole, 2 * orders * std_error
+    offsets = place - np.round(place) + np.arange(-2, 3)[:, None, None]
+    with np.errstate(under="ignore"):
+        near = np.exp(-0.5 * (offsets / width) ** 2).sum(axis=0) / (width * np.sqrt(2 * np.pi))
+        # By Poisson's sum, of which two terms are left.
+        far = 1 + 2 * np.exp(-2 * (np.pi * width) ** 2) * np.cos(2 * np.pi * place)
+    shares = orders**-2.0 / np.sum(orders**-2.0)
+    return 0.5 + 0.5 * np.sum(shares * np.where(width < 0.4, near, far), axis=0)
 
 
 def _powers(decay: float, t: Float[_Array, " rung"]) -> Float[_Array, " reading"]:
@@ -229,6 +250,7 @@ def _warnings(probability: float) -> tuple[str, ...]:
 
 
 _GAPS = (1 / 12, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 1.0)
+_LARGEST_ORDER = 12
 _OFFSET, _OFFSET_SPREAD, _NUM_OFFSETS = 4.5, 0.6, 81
 """The posterior leaves the base at the first rung, where log Z is still of order 1: f has its zero not far below it.
 
