@@ -12,7 +12,7 @@ from jaxtyping import Float
 
 from slt_interp.bases import Base, FloatGrid
 from slt_interp.estimators.llc import DO_NOT_TRUST, OK
-from slt_interp.estimators.volume_estimate import REFUSED, VolumeEstimate, rounding_warnings
+from slt_interp.estimators.volume_estimate import REFUSED, VolumeEstimate, counted_set, rounding_warnings
 from slt_interp.estimators.walks import NUM_STEPS
 from slt_interp.tree import Params
 
@@ -97,7 +97,7 @@ def conclude(
         value + total,
         error,
         "subset simulation",
-        "the whole sublevel set within the base measure, with all its symmetric copies" + below,
+        counted_set(base, params) + below,
         status,
         tuple(warnings),
         {

@@ -23,9 +23,10 @@ from slt_interp.estimators.coefficient import (
     fit_coefficient,
 )
 from slt_interp.estimators.llc import DO_NOT_TRUST, OK, family_limit
-from slt_interp.estimators.readings import LLCCurve, LogPartition, LogVolume
+from slt_interp.estimators.readings import LLCCurve, LogPartition, LogVolume, log_volume
 from slt_interp.estimators.reweighting import NUM_BLOCKS, Reweighting, block_rows, controlled, spread
 from slt_interp.estimators.rungs import MIN_EXCHANGE
+from slt_interp.estimators.volume_estimate import highest_losses
 from slt_interp.samplers.diagnostics import std_error
 from slt_interp.tree import Params
 
@@ -52,6 +53,7 @@ class Ladder:
         num_lost: chains that became non-finite and are left out.
         gradients_per_chain: all gradients that a chain took.
         labels: of the draws, if `temper` was given any.
+        nearby_loss: the lowest loss on a descent from the weights, nats per example; infinite if there was none.
         step_bias: what discretization is predicted to add to the energy of each rung; None for Metropolis kernels: nothing.
     """
 
@@ -72,6 +74,7 @@ class Ladder:
     gradients_per_chain: float
     labels: Int[np.ndarray, "rung chain draw"] | None = None
     step_bias: Float[np.ndarray, " rung"] | None = None
+    nearby_loss: float = np.inf
 
     def __str__(self) -> str:
         num_rungs, num_chains, num_draws = self.loss.shape
@@ -79,12 +82,12 @@ class Ladder:
             f"Ladder of {num_rungs} rungs up to nbeta {self.nbetas[-1]:.4g} ({num_chains} chains of {num_draws} draws"
             f"{'' if self.round_trips is None else f', {self.round_trips:.1f} round trips per chain'}): {self.status}"
         )
-        return "\n- ".join([head, *self.warnings])
+        return "\n- ".join([head, *filter(None, [self.two_phases]), *self.warnings])
 
     @cached_property
     def lowest_loss(self) -> float:
-        """L*, which energies are counted from: `init_loss`, or the lowest loss of any draw if that is clearly lower."""
-        lowest = float(self.loss.min())
+        """L*, which energies are counted from: `init_loss`, or if clearly lower the lowest of all draws and of a descent."""
+        lowest = min(float(self.loss.min()), self.nearby_loss)
         return lowest if lowest < self.init_loss - _CLEARLY * self.rounding else self.init_loss
 
     @property
@@ -95,6 +98,18 @@ class Ladder:
     @cached_property
     def warnings(self) -> tuple[str, ...]:
         """Every reason for doubt, with the knob to turn."""
+        drop = self.init_loss - self.lowest_loss
+        if self.nbetas[-1] * drop <= _MAX_DROP:
+            return self.sampling_warnings
+        return (
+            *self.sampling_warnings,
+            f"a loss {drop:.2g} nats below that at the weights was found, {self.nbetas[-1] * drop:.2g} times 1 / nbeta at the "
+            "top: the weights are no minimum; polish them (energies are counted from the lowest loss seen)",
+        )
+
+    @cached_property
+    def sampling_warnings(self) -> tuple[str, ...]:
+        """Every reason to doubt the draws themselves."""
         found = []
         if self.num_lost:
             found.append(f"{self.num_lost} chains became non-finite and are left out: narrow the base measure")
@@ -104,6 +119,11 @@ class Ladder:
                 f"rungs at nbeta {self.nbetas[worst]:.3g} and {self.nbetas[worst + 1]:.3g} swap with probability "
                 f"{self.exchange[worst]:.2g} only, as at a first-order transition: narrow the base measure, or end below it"
             )
+        if self.two_phases and self.round_trips is not None and self.round_trips < 1:
+            found.append(
+                f"there are two phases, and chains make {self.round_trips:.1f} round trips between base and top: take more "
+                "draws, or narrow the base measure"
+            )
         gaps = self._family_gaps
         limits = np.clip(family_limit(len(self.is_from_base)) * gaps[1], *_GAPS)
         far = np.flatnonzero(~(np.abs(gaps[0]) <= limits))
@@ -112,13 +132,24 @@ class Ladder:
                 f"chains from the base and from the weights disagree in log Z from nbeta {self.nbetas[far[0]]:.3g} on, by "
                 f"up to {np.abs(gaps[0]).max():.2g} nats: take more draws, or a narrower base measure"
             )
-        drop = self.nbetas[-1] * (self.init_loss - self.lowest_loss)
-        if drop > _MAX_DROP:
-            found.append(
-                f"draws found a loss {self.init_loss - self.lowest_loss:.2g} nats below that at the weights, {drop:.2g} times "
-                "1 / nbeta at the top: the weights are no minimum; polish them (energies are counted from the lowest loss seen)"
-            )
         return tuple(found)
+
+    @cached_property
+    def two_phases(self) -> str | None:
+        """Where draws are of two phases, as at a first-order transition, in words; None if they are nowhere.
+
+        Within a phase nbeta L has a variance of about the LLC; between two it scatters by the difference of their energies.
+        """
+        energies = self.nbetas[1:, None, None] * self._losses[1:]
+        llc, variance = energies.mean(axis=(1, 2)), energies.var(axis=(1, 2))
+        excess = variance / (1 + np.maximum(llc, 0.0))
+        worst = int(excess.argmax())
+        if not excess[worst] > _TWO_PHASES:
+            return None
+        return (
+            f"two phases, as at a first-order transition, near nbeta {self.nbetas[1 + worst]:.3g}: nbeta L has a variance of "
+            f"{variance[worst]:.3g} there, and the LLC is {llc[worst]:.3g}"
+        )
 
     @cached_property
     def round_trips(self) -> float | None:
@@ -228,7 +259,7 @@ class Ladder:
         return replace(found, warnings=(*found.warnings, *notes))
 
     def log_volume(self, thresholds: Sequence[float] | Float[np.ndarray, " threshold"]) -> LogVolume:
-        """Estimate the log of the base's mass of {L <= L(w*) + threshold}.
+        """Estimate the log of the base's mass of {L <= L(w*) + threshold}; see `readings.log_volume` for what is refused.
 
         Args:
             thresholds: nats per example above the loss at the weights, positive and increasing.
@@ -236,20 +267,16 @@ class Ladder:
         Raises:
             InputError: if thresholds are not positive and increasing, or hardly a draw lies below the smallest.
         """
-        thresholds = np.atleast_1d(np.asarray(thresholds, np.float64))
-        if not (np.all(thresholds > 0) and np.all(np.diff(thresholds) > 0)):
-            raise InputError(f"thresholds must be positive and increasing, nats above the loss at params, but are {thresholds}")
-        if not self.reaches(thresholds[0]):
-            raise InputError(
-                f"hardly a draw at nbeta {self.nbetas[-1]:.4g} lies below the threshold {thresholds[0]:.3g}: raise max_nbeta"
-            )
-        levels = thresholds + self.init_loss - self.lowest_loss
-        inside = [self._losses <= level for level in levels]
-        values = [
-            (*self._log_mass(below), self._half_gap(below), self._saddle_point(level))
-            for level, below in zip(levels, inside, strict=True)
-        ]
-        return LogVolume(thresholds, *np.array(values).T)
+        thresholds = self._checked(thresholds)
+        masses, halves, saddle_points = [], [], []
+        for level in highest_losses(thresholds, self.init_loss):
+            below = self.loss <= level
+            masses.append(self._log_mass(below))
+            halves.append(self._half_gap(below))
+            saddle_points.append(self._pooled.saddle_point(level - self.lowest_loss))
+        values, std_error, family_gap = np.array(masses).T
+        smallest = float(self.exchange.min())
+        return log_volume(thresholds, values, std_error, family_gap, np.array(halves), np.array(saddle_points), smallest)
 
     def log_volume_by_label(
         self, thresholds: Sequence[float] | Float[np.ndarray, " threshold"]
@@ -261,23 +288,24 @@ class Ladder:
 
         Returns:
             For every label seen, log volumes and standard errors, nats; -inf and NaN where no draw with the label lies below
-            the threshold, and an infinite error where only one of the families has such draws.
+            the threshold, an infinite error where only one of the families has such draws, and NaN where `log_volume` refuses.
 
         Raises:
-            InputError: if `temper` was given no labels.
+            InputError: if `temper` was given no labels, and as `log_volume`.
         """
         if self.labels is None:
             raise InputError("the draws have no labels: call temper(labels=...)")
-        levels = np.atleast_1d(np.asarray(thresholds, np.float64)) + self.init_loss - self.lowest_loss
-        found = {}
+        levels = highest_losses(self._checked(thresholds), self.init_loss)
+        is_refused, found = np.isnan(self.log_volume(thresholds).log_volume), {}
         for name in np.unique(self.labels):
-            masses = [self._log_mass((self._losses <= level) & (self.labels == name))[:2] for level in levels]
-            found[int(name)] = tuple(np.array(masses).T)
+            masses = np.array([self._log_mass((self.loss <= level) & (self.labels == name))[:2] for level in levels]).T
+            masses[:, is_refused] = np.nan
+            found[int(name)] = tuple(masses)
         return found
 
     def reaches(self, threshold: float) -> bool:
         """Whether enough of the coldest rung's draws lie below a threshold, nats above the loss at the weights."""
-        return float(np.mean(self.loss[-1] <= self.init_loss + threshold)) >= _MIN_SHARE
+        return float(np.mean(self.loss[-1] <= highest_losses(np.array(threshold), self.init_loss))) >= _MIN_SHARE
 
     def draws(self, rung: int) -> Params:
         """Take the weights at one rung, (chain, draw, ...), as probes want them.
@@ -288,6 +316,16 @@ class Ladder:
         if self.params is None:
             raise InputError("the weights of the draws were not kept: call temper with keep_params=True")
         return jax.tree.map(lambda x: x[rung], self.params)
+
+    def _checked(self, thresholds: Sequence[float] | Float[np.ndarray, " threshold"]) -> Float[np.ndarray, " threshold"]:
+        thresholds = np.atleast_1d(np.asarray(thresholds, np.float64))
+        if not (np.all(thresholds > 0) and np.all(np.diff(thresholds) > 0)):
+            raise InputError(f"thresholds must be positive and increasing, nats above the loss at params, but are {thresholds}")
+        if not self.reaches(thresholds[0]):
+            raise InputError(
+                f"hardly a draw at nbeta {self.nbetas[-1]:.4g} lies below the threshold {thresholds[0]:.3g}: raise max_nbeta"
+            )
+        return thresholds
 
     @property
     def _losses(self) -> Float[np.ndarray, "rung chain draw"]:
@@ -348,21 +386,6 @@ class Ladder:
     def _half_gap(self, inside: Bool[np.ndarray, "rung chain draw"]) -> float:
         return _gap(*(half.log_mass(inside[:, :, part]) for half, part in self._halves))
 
-    def _saddle_point(self, threshold: float) -> float:
-        """Invert Z(s) / s at its saddle: log V = log Z + N eps - log N - log(2 pi (Var + 1 / N^2)) / 2."""
-        from scipy.optimize import brentq
-
-        def slope(log_nbeta: float) -> float:
-            nbeta = np.exp(log_nbeta)
-            return self._pooled.moments(nbeta)[1] + 1 / nbeta - threshold
-
-        low, high = np.log(self.nbetas[1] / 1e3), np.log(self.nbetas[-1])
-        if slope(low) < 0 or slope(high) > 0:
-            return np.nan
-        nbeta = float(np.exp(np.asarray(brentq(slope, low, high, xtol=1e-3))))
-        log_z, _, variance = self._pooled.moments(nbeta)
-        return log_z + nbeta * threshold - np.log(nbeta) - 0.5 * np.log(2 * np.pi * (variance + nbeta**-2))
-
 
 def _gap(first: float, second: float) -> float:
     """Subtract log masses; NaN where both are of nothing."""
@@ -388,3 +411,6 @@ _GAPS = 0.1, 2.0
 """Nats of log Z by which the families may always differ, and by which they never may, however uncertain each is."""
 
 _MAX_DROP = 0.1
+
+_TWO_PHASES = 4.0
+"""A variance of nbeta L, in units of 1 + LLC: it is at most about 2 in a phase whose LLC falls as nbeta rises."""

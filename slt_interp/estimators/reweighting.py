@@ -40,7 +40,7 @@ class Reweighting:
 
     def log_partition(self) -> tuple[Float[_Array, " rung"], Float[_Array, " rung"]]:
         """Estimate log Z of every rung, 0 at nbeta 0, and its standard error."""
-        return -self.free_energies, self._spread(self.influences(self._num_blocks))
+        return -self.free_energies, np.hypot(self._spread(self.influences(self._num_blocks)), self._unknown)
 
     def log_mass(self, inside: Bool[_Array, "rung chain draw"]) -> float:
         """Estimate the log of the base measure's mass of a set of draws: -inf for a set without any."""
@@ -57,7 +57,8 @@ class Reweighting:
         # Weights fall with the partition functions: d log w_n / d f_r = -(share of rung r in draw n).
         share = selected.ravel() @ self._shares.T
         moved = selected.sum(axis=0, keepdims=True) - 1 / selected[0].size
-        return float(self._spread(block_sums(moved, self._num_blocks)[0] - self.influences(self._num_blocks) @ share))
+        known = float(self._spread(block_sums(moved, self._num_blocks)[0] - self.influences(self._num_blocks) @ share))
+        return float(np.hypot(known, share @ self._unknown))
 
     def moments(self, nbeta: float) -> tuple[float, float, float]:
         """Estimate log Z, mean and variance of the loss at any nbeta within the ladder."""
@@ -69,6 +70,24 @@ class Reweighting:
         present = weights > 0
         mean = float(weights[present] @ losses[present])
         return float(log_z), mean, float(weights[present] @ (losses[present] - mean) ** 2)
+
+    def saddle_point(self, threshold: float) -> float:
+        """Estimate the log mass of {L <= threshold} from energies alone, by inverting Z(s) / s at its saddle point.
+
+        log V = log Z + N eps - log N - log(2 pi (Var + 1 / N^2)) / 2 at the N where E[L] + 1 / N = eps; NaN if there is none.
+        """
+        from scipy.optimize import brentq
+
+        def slope(log_nbeta: float) -> float:
+            nbeta = np.exp(log_nbeta)
+            return self.moments(nbeta)[1] + 1 / nbeta - threshold
+
+        low, high = np.log(self.nbetas[1] / 1e3), np.log(self.nbetas[-1])
+        if slope(low) < 0 or slope(high) > 0:
+            return np.nan
+        nbeta = float(np.exp(np.asarray(brentq(slope, low, high, xtol=1e-3))))
+        log_z, _, variance = self.moments(nbeta)
+        return log_z + nbeta * threshold - np.log(nbeta) - 0.5 * np.log(2 * np.pi * (variance + nbeta**-2))
 
     @cached_property
     def free_energies(self) -> Float[_Array, " rung"]:
@@ -128,6 +147,17 @@ class Reweighting:
         """Probability that a pooled draw with this loss comes from rung r."""
         return np.exp(self._log_terms(self.free_energies[1:], self.losses.ravel()) - self._log_denominator)
 
+    @cached_property
+    def _unknown(self) -> Float[_Array, " rung"]:
+        """Bound what is not known of -log Z where neighbors do not overlap, and it is the integral of the mean loss.
+
+        The mean falls with nbeta: an integral between two rungs lies between rectangles.
+        """
+        overlap = np.sum(self._shares[:-1] * self._shares[1:], axis=1) / self.losses[0].size
+        with np.errstate(invalid="ignore"):
+            half = np.diff(self.nbetas) * -np.diff(self.losses.mean(axis=(1, 2))) / 2
+        return np.concatenate([[0.0], np.cumsum(np.where(overlap < _MIN_OVERLAP, np.abs(half), 0.0))])
+
     def influences(self, num_blocks: int) -> Float[_Array, "chain*block rung"]:
         """By how much the draws of each of `num_blocks` blocks of each chain move the free energies."""
         shares, num_rungs = self._shares, len(self.nbetas)
@@ -154,6 +184,9 @@ def spread(influences: Float[_Array, "chain*block *event"], num_chains: int) -> 
 
 NUM_BLOCKS = 10
 """Blocks of a chain's draws, longer than chains remember, count as independent."""
+
+_MIN_OVERLAP = 1e-4
+"""Of draws that are as much another rung's: .1 or more of neighbors that swap; below this nothing ties them."""
 
 _PIECE = 4096
 _RIDGE = 1e-9

@@ -27,7 +27,7 @@ from slt_interp.bases import Base, FloatGrid
 from slt_interp.data import Batch
 from slt_interp.errors import InputError
 from slt_interp.estimators.descents import ROUNDING, Descents, combine, conclude
-from slt_interp.estimators.volume_estimate import VolumeEstimate, check_labels, check_thresholds
+from slt_interp.estimators.volume_estimate import VolumeEstimate, check_labels, check_thresholds, highest_losses
 from slt_interp.estimators.walks import GridWalk, Particle, Reflective
 from slt_interp.posterior import LocalPosterior, LossFn, check_target
 from slt_interp.samplers.chains import chain_mesh, choose_block_size
@@ -175,6 +175,7 @@ def _descend(
     steps = jnp.full(num_seeds, _FIRST_STEP)
     families = np.tile(np.arange(num_particles), (num_seeds, 1))
     above, total = np.full(num_seeds, np.inf), np.zeros((3, num_seeds))
+    tops = highest_losses(thresholds, init_loss) - init_loss
     active, shares = np.ones(num_seeds, bool), []
     for depth in range(_MAX_LEVELS):
         # Levels are losses that occurred, compared in their own precision; only thresholds are relative to params.
@@ -184,10 +185,10 @@ def _descend(
         found = found._replace(lowest=min(found.lowest, float(excess.min())))
         levels = np.array([_next_level(row) for row in losses])
         below = levels.astype(np.float64) - init_loss
-        read = [(int(s), t) for s in np.flatnonzero(active) for t, e in enumerate(thresholds) if below[s] < e <= above[s]]
+        read = [(int(s), t) for s in np.flatnonzero(active) for t, e in enumerate(tops) if below[s] < e <= above[s]]
         names = _labels(shared[0], particles.position, labels=labels) if labels is not None and read else None
         for s, t in read:
-            inside = excess[s] <= thresholds[t]
+            inside = excess[s] <= tops[t]
             if not inside.any():
                 continue
             p, variance, independent = _fraction(inside, families[s])
@@ -205,7 +206,7 @@ def _descend(
             correction = -variance / 2 - 1 / num_particles if is_order_statistic else variance / 2
             total[:, s] += np.log(p) + correction, variance, independent
         is_stuck = ~np.isfinite(levels) | (_spread(losses) <= ROUNDING * np.abs(losses).min(axis=1))
-        active = active & (below > thresholds[0]) & ~is_stuck
+        active = active & (below > tops[0]) & ~is_stuck
         if not active.any() or depth == _MAX_LEVELS - 1:
             break
         above = below

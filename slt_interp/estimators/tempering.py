@@ -13,11 +13,12 @@ import jax
 import numpy as np
 from jaxtyping import Array, Int, Key
 
-from slt_interp.bases import BASES, Base
+from slt_interp.bases import BASES, Base, FloatGrid
 from slt_interp.data import MAX_FULL_BATCH, Batch, is_large, mean_over_blocks
 from slt_interp.errors import InputError
 from slt_interp.estimators.ladder import Ladder
 from slt_interp.estimators.minibatch_ladder import minibatch_ladder
+from slt_interp.estimators.reference import nearby_loss
 from slt_interp.estimators.rounding import loss_rounding
 from slt_interp.estimators.rungs import BURNIN_PER_RUNG, Families, joined, place_rungs
 from slt_interp.estimators.volume_estimate import check_labels
@@ -119,6 +120,8 @@ def ladders(
     Without minibatches it is the same ladder, and begins with the draws before.
     """
     check_key(key)
+    if isinstance(base, FloatGrid):
+        raise InputError("a FloatGrid counts numbers and has no density to temper: call estimate_volume with method='subset'")
     if not isinstance(base, BASES):
         raise InputError(f"base must be a Gaussian, Box or Ball, but is {type(base).__name__}")
     if not (np.isfinite(max_nbeta) and max_nbeta > 0):
@@ -136,6 +139,7 @@ def ladders(
     init_loss = float(mean_over_blocks(partial(target.loss, target.position(params)), data, block_size))
     if not np.isfinite(init_loss):
         raise InputError(f"the loss is not finite at params, but {init_loss}: check loss_fn there")
+    lowest = nearby_loss(target, params, data, block_size)
     place_key, run_key = jax.random.split(key)
     if block_size is not None:
         if checkpoint is not None:
@@ -149,7 +153,7 @@ def ladders(
             # Its rungs are found on the way: with more draws they are others, and all are run again.
             ladder = minibatch_ladder(run_key, target, params, data, init_loss, num_draws=num_draws, **settings)
             spent += ladder.gradients_per_chain
-            yield replace(ladder, gradients_per_chain=spent)
+            yield replace(ladder, gradients_per_chain=spent, nearby_loss=lowest)
             num_draws *= 2
     families = Families(params, data, num_chains // 2, progress)
     folder = None if checkpoint is None else Path(checkpoint)
@@ -169,7 +173,7 @@ def ladders(
             collect=collect,
             checkpoint=folder and folder / "run",
         )
-        yield _ladder(kernel, runs, data, init_loss, spent)
+        yield replace(_ladder(kernel, runs, data, init_loss, spent), nearby_loss=lowest)
         num_draws *= 2
 
 

@@ -28,10 +28,17 @@ from slt_interp.errors import InputError
 from slt_interp.estimators.ladder import Ladder
 from slt_interp.estimators.llc import DO_NOT_TRUST, OK
 from slt_interp.estimators.rays import ray_volume
-from slt_interp.estimators.readings import LogVolume
+from slt_interp.estimators.readings import LEAST_EXCHANGE, LogVolume
 from slt_interp.estimators.subset import subset_simulation
 from slt_interp.estimators.tempering import ladders
-from slt_interp.estimators.volume_estimate import REFUSED, VolumeEstimate, check_labels, check_thresholds, rounding_warnings
+from slt_interp.estimators.volume_estimate import (
+    REFUSED,
+    VolumeEstimate,
+    check_labels,
+    check_thresholds,
+    counted_set,
+    rounding_warnings,
+)
 from slt_interp.posterior import LocalPosterior, LossFn, check_target
 from slt_interp.samplers.chains import chain_mesh, sample
 from slt_interp.samplers.hmc import HMC
@@ -77,6 +84,8 @@ def estimate_volume(
     >>> found.log_volume.round(3).tolist()  # log(1 - exp(-eps))
     [-6.908, -4.61]
     """
+    if method not in METHODS:
+        raise InputError(f"method must be {', '.join(map(repr, METHODS[:-1]))} or {METHODS[-1]!r}, but is {method!r}")
     if method == "subset":
         return subset_simulation(key, loss_fn, params, data, thresholds, base=base, labels=labels, progress=progress)
     if isinstance(base, FloatGrid):
@@ -89,9 +98,10 @@ def estimate_volume(
         )
     if method == "rays":
         return ray_volume(key, loss_fn, params, data, thresholds, base=base)
-    if method == "gaussian":
-        return gaussian_volume(key, loss_fn, params, data, thresholds, base=base)
-    raise InputError(f"method must be 'tempering', 'subset', 'rays' or 'gaussian', but is {method!r}")
+    return gaussian_volume(key, loss_fn, params, data, thresholds, base=base)
+
+
+METHODS = ("tempering", "subset", "rays", "gaussian")
 
 
 def tempered_volume(
@@ -114,8 +124,7 @@ def tempered_volume(
     The first `num_draws` steps are doubled, in `max_rounds` at most, until the standard error of every threshold is at most
     `precision` nats, or a tenth of that times |log V| where that is larger (an error that is looked at until it is small is a
     little too small); other arguments are those of `estimate_volume`.
-    No number is given for thresholds at which chains from the base and from the weights, halves of the draws, or weighted draws
-    and the saddle point of the partition function disagree by more than a nat or two, or where neighbors hardly swap.
+    What a ladder refuses is given no number: see `readings.log_volume`.
     """
     check_key(key)
     thresholds = check_thresholds(thresholds)
@@ -151,35 +160,18 @@ def tempered_volume(
             f"draws at nbeta {max_nbeta:.3g} hardly reach the largest threshold, {thresholds[-1]:.3g}, above the loss at "
             "params: move the base measure nearer to params, or raise the thresholds"
         )
-    reached, found, saddle_gap = reading
-    far, uneven = ~(found.family_gap <= _MAX_GAP), ~(saddle_gap <= _MAX_SADDLE_GAP)
-    drifting, reasons = ~(found.half_gap <= _MAX_GAP), []
+    reached, found = reading
+    reasons = list(found.warnings)
     if not reached.all():
         reasons.append(
             f"hardly a draw at nbeta {max_nbeta:.3g} lies below thresholds up to {thresholds[~reached][-1]:.3g}: call "
             "temper(max_nbeta=...) and its log_volume with more"
         )
-    if far.any():
-        reasons.append(
-            f"chains from the base and from the weights differ by up to {found.family_gap.max():.2g} nats, as after a "
-            "first-order transition: narrow the base measure"
-        )
-    if uneven.any():
-        reasons.append(
-            f"weighted draws and the saddle point differ by up to {saddle_gap.max():.2g} nats, or there is none within the "
-            "ladder: call temper(num_draws=..., max_nbeta=...) with more"
-        )
-    if drifting.any():
-        reasons.append(
-            f"the first and the second half of the draws differ by up to {found.half_gap.max():.2g} nats: chains are still on "
-            "their way; call tempered_volume(num_draws=...) with more"
-        )
-    refused = far | uneven | drifting | (ladder.exchange.min() < _MIN_EXCHANGE)
 
     def given(values: np.ndarray) -> np.ndarray:
-        """Put values at the thresholds that were reached among all, without those that are refused."""
+        """Put values at the thresholds that were reached among all."""
         wide = np.full(len(thresholds), np.nan)
-        wide[reached] = np.where(refused, np.nan, values)
+        wide[reached] = values
         return wide
 
     log_volume, std_error = given(found.log_volume), given(found.std_error)
@@ -189,9 +181,9 @@ def tempered_volume(
         log_volume,
         std_error,
         "tempering",
-        "the whole sublevel set within the base measure, symmetric copies included",
-        REFUSED if np.isnan(log_volume).any() else ladder.status,
-        (*reasons, *ladder.warnings, *rounding_warnings(thresholds, ladder.init_loss)),
+        counted_set(base, params),
+        REFUSED if np.isnan(log_volume).any() else DO_NOT_TRUST if ladder.sampling_warnings else OK,
+        (*reasons, *ladder.sampling_warnings, *rounding_warnings(thresholds, ladder.init_loss)),
         {
             "num_rungs": len(ladder.nbetas),
             "max_nbeta": float(ladder.nbetas[-1]),
@@ -205,29 +197,25 @@ def tempered_volume(
 
 
 class _Reading(NamedTuple):
-    """Which thresholds a ladder reaches, its log volumes there, and how far the saddle point's are from them (or NaN)."""
+    """Which thresholds a ladder reaches, and its log volumes there."""
 
     reached: Bool[np.ndarray, " threshold"]
     found: LogVolume
-    saddle_gap: Float[np.ndarray, " reached"]
 
 
 def _read(ladder: Ladder, thresholds: Float[np.ndarray, " threshold"]) -> _Reading | None:
     reached = np.array([ladder.reaches(threshold) for threshold in thresholds])
-    if not reached.any():
-        return None
-    found = ladder.log_volume(thresholds[reached])
-    return _Reading(reached, found, np.abs(found.log_volume - found.saddle_point))
+    return _Reading(reached, ladder.log_volume(thresholds[reached])) if reached.any() else None
 
 
 def _is_enough(ladder: Ladder, reading: _Reading | None, precision: float) -> bool:
     """Whether errors are small at all thresholds that are reached, or more draws would not help."""
-    if reading is None or ladder.exchange.min() < _MIN_EXCHANGE:
+    if reading is None or ladder.exchange.min() < LEAST_EXCHANGE:
         return True
-    limit = precision * np.maximum(1.0, np.abs(reading.found.log_volume) / 10)
+    found = reading.found
+    limit = precision * np.maximum(1.0, np.abs(found.log_volume) / 10)
     # The error covers the difference between the families. Where there is no saddle point there will be none.
-    is_apart, is_drifting = reading.saddle_gap > _MAX_SADDLE_GAP, reading.found.half_gap > _MAX_GAP
-    return bool(np.all((reading.found.std_error <= limit) & ~is_apart & ~is_drifting))
+    return bool(np.all((found.std_error <= limit) | np.isnan(found.saddle_point)))
 
 
 def _coldest(key: Key[Array, ""], target: LocalPosterior, params: Params, data: Batch, progress: bool) -> tuple[float, float]:
@@ -267,7 +255,6 @@ def _coldest(key: Key[Array, ""], target: LocalPosterior, params: Params, data: 
 
 
 _MAX_LOOKS, _SETTLED = 6, 1.2
-_MAX_GAP, _MAX_SADDLE_GAP, _MIN_EXCHANGE = 2.0, 1.0, 0.05
 
 
 def gaussian_volume(

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from slt_interp.bases import Base, Box, FloatGrid
 from slt_interp.errors import InputError
-from slt_interp.tree import Params
+from slt_interp.tree import Params, broadcast
 
 REFUSED = "refused"
 
@@ -52,12 +53,13 @@ class VolumeEstimate:
         return self.log_volume / np.log(2) if self.is_count else None
 
     def __str__(self) -> str:
-        name = "log number of configurations" if self.is_count else "log volume"
+        name, unit, size = ("log number of configurations", "bits", np.log(2)) if self.is_count else ("log volume", "nats", 1.0)
+        numbers = zip(self.thresholds, self.log_volume / size, self.std_error / size, strict=True)
         rows = [
             f"{value:.4g} +- {error:.2g} at {threshold:.3g}" if np.isfinite(value) else f"refused at {threshold:.3g}"
-            for threshold, value, error in zip(self.thresholds, self.log_volume, self.std_error, strict=True)
+            for threshold, value, error in numbers
         ]
-        head = f"{name} by {self.method}, of {self.counted}, in nats at thresholds in nats: {', '.join(rows)}: {self.status}"
+        head = f"{name} by {self.method}, of {self.counted}, in {unit} at thresholds in nats: {', '.join(rows)}: {self.status}"
         return "\n- ".join([head, *self.warnings])
 
 
@@ -76,6 +78,34 @@ def check_thresholds(thresholds: Any) -> Float[np.ndarray, " threshold"]:
             f"thresholds must be a list of positive increasing numbers, nats above the loss at params, but is {values.tolist()}"
         )
     return values
+
+
+def highest_losses(thresholds: Float[np.ndarray, " threshold"], init_loss: float) -> Float[np.ndarray, " threshold"]:
+    """Give the losses up to which weights count as within thresholds above `init_loss`.
+
+    Losses are float32: where they take few values, as error rates do, the one that is meant may lie a rounding above the sum.
+
+    >>> tenth = float(np.float32(0.1))
+    >>> tenth <= 0.1, bool(tenth <= highest_losses(np.array([0.1]), 0.0)[0])
+    (False, True)
+    """
+    levels = init_loss + thresholds
+    return levels + float(np.finfo(np.float32).eps) * np.abs(levels)
+
+
+def counted_set(base: Base | FloatGrid, params: Params) -> str:
+    """Name the set whose mass is estimated: a base measure around the weights hardly sees copies of them by symmetries.
+
+    >>> from slt_interp.bases import Gaussian
+    >>> counted_set(Gaussian(jnp.ones(2), 0.1), jnp.ones(2))
+    'the sublevel set around params, where the base measure is centered; symmetric copies count by their mass there'
+    >>> counted_set(Gaussian(0.0, 1.0), jnp.ones(2))
+    'the whole sublevel set within the base measure, symmetric copies of params included'
+    """
+    centers = jax.tree.leaves(broadcast(getattr(base, "center", params), params))
+    if isinstance(base, Box) or not all(np.all(c == w) for c, w in zip(centers, jax.tree.leaves(params), strict=True)):
+        return "the whole sublevel set within the base measure, symmetric copies of params included"
+    return "the sublevel set around params, where the base measure is centered; symmetric copies count by their mass there"
 
 
 def check_labels(labels: Callable[[Params], Array], params: Params) -> None:
