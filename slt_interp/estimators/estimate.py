@@ -29,9 +29,10 @@ from slt_interp.estimators.calibration import (
     resolved_localization_effect,
     settled_step_size,
 )
+from slt_interp.estimators.families import Families
 from slt_interp.estimators.llc import DO_NOT_TRUST, LLCEstimate, mean_loss
 from slt_interp.estimators.rounds import in_rounds, keep_gradient, ladder_in_rounds, settle
-from slt_interp.estimators.rungs import MAX_WHITENED, Families
+from slt_interp.estimators.rungs import MAX_WHITENED
 from slt_interp.posterior import LocalPosterior, LossFn, check_target
 from slt_interp.samplers.chains import chain_mesh, sample
 from slt_interp.samplers.draws import Draws, keep_nothing

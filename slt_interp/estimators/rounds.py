@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Key
 
+from slt_interp.estimators.families import Families, top_rung
 from slt_interp.estimators.llc import DO_NOT_TRUST, OK, LLCEstimate, keep_energy, llc
-from slt_interp.estimators.rungs import BURNIN_PER_RUNG, REJECTED, Families, place_rungs, top_rung
+from slt_interp.estimators.rungs import BURNIN_PER_RUNG, REJECTED, place_rungs
 from slt_interp.posterior import LocalPosterior
 from slt_interp.samplers.draws import Draws, keep_nothing, starting
 from slt_interp.samplers.hamiltonian import MetropolisState, learned_scale

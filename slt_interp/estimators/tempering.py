@@ -16,11 +16,12 @@ from jaxtyping import Array, Int, Key
 from slt_interp.bases import BASES, Base, FloatGrid
 from slt_interp.data import MAX_FULL_BATCH, Batch, is_large, mean_over_blocks
 from slt_interp.errors import InputError
+from slt_interp.estimators.families import Families, joined
 from slt_interp.estimators.ladder import Ladder
 from slt_interp.estimators.minibatch_ladder import minibatch_ladder
 from slt_interp.estimators.reference import nearby_loss
 from slt_interp.estimators.rounding import loss_rounding
-from slt_interp.estimators.rungs import BURNIN_PER_RUNG, Families, joined, place_rungs
+from slt_interp.estimators.rungs import BURNIN_PER_RUNG, place_rungs
 from slt_interp.estimators.volume_estimate import check_labels
 from slt_interp.posterior import LocalPosterior, LossFn, check_target
 from slt_interp.samplers.draws import Draws

@@ -7,8 +7,9 @@ import pytest
 
 from slt_interp import HMC, Gaussian, LocalPosterior, analytic, temper
 from slt_interp.errors import InputError
-from slt_interp.estimators import rungs
-from slt_interp.estimators.rungs import Families, place_rungs
+from slt_interp.estimators import families, rungs
+from slt_interp.estimators.families import Families
+from slt_interp.estimators.rungs import place_rungs
 from slt_interp.samplers.exchange import ReplicaExchange
 
 FIRST, TOP = 2.0, 2.0 * 3.0**6
@@ -120,8 +121,8 @@ def _quadratic_ladder(nbetas):
 
 
 def test_chains_that_move_to_other_rungs_start_at_the_weights_of_the_nearest(key):
-    place = rungs.Place(np.array([0.0, 1.0, 10.0]), jax.random.normal(key, (2, 3, 3)))
-    moved = rungs._at(place, _quadratic_ladder([0.0, 0.5, 2.0, 4.0, 20.0]), None)
+    place = families.Place(np.array([0.0, 1.0, 10.0]), jax.random.normal(key, (2, 3, 3)))
+    moved = families._at(place, _quadratic_ladder([0.0, 0.5, 2.0, 4.0, 20.0]), None)
     np.testing.assert_array_equal(moved.state.params, np.asarray(place.params)[:, [0, 1, 1, 2, 2]])
     assert moved.num_steps == 0
 
