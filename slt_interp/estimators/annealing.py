@@ -24,15 +24,15 @@ from slt_interp.samplers.chains import chain_mesh, choose_block_size
 from slt_interp.samplers.exchange import ReplicaExchange
 from slt_interp.tree import Params
 
-_POPULATIONS, _PARTICLES, _MOVES = 2, 8, 25
-ANNEALING = _POPULATIONS * _PARTICLES * _MOVES
-"""Steps for each chain and rung: two populations of 8, and 25 moves of each."""
+_POPULATIONS, _PARTICLES, _GRADIENTS = 2, 8, 200
+ANNEALING = _POPULATIONS * _PARTICLES * _GRADIENTS
+"""Gradients for each chain and rung: two populations of 8, which move by 200 gradients each: 25 moves of 8 leapfrog steps."""
 
 
 def annealed(key: Key[Array, ""], kernel: ReplicaExchange, num_chains: int, params: Params, data: Batch) -> Params:
     """Find weights for each chain at the rungs of `kernel`, where populations that came down from the base left their members.
 
-    It takes `ANNEALING` steps per chain and rung, with the steps and metrics of `kernel`. `params` are the trained weights.
+    It takes `ANNEALING` gradients per chain and rung, with the steps and metrics of `kernel`. `params` are the trained weights.
 
     Returns:
         The weights, (chain, rung, ...).
@@ -54,8 +54,8 @@ def _anneal(
     mesh: jax.sharding.Mesh,
     block_size: int,
 ) -> Params:
-    """Resample every population at each rung, and make `_MOVES` steps there; then let chains choose."""
-    populations = num_chains * _POPULATIONS
+    """Resample every population at each rung, and move it there; then let chains choose."""
+    populations, moves = num_chains * _POPULATIONS, max(1, _GRADIENTS // kernel.kernel.num_leapfrog)
     count = populations * _PARTICLES
 
     def move(keys: Key[Array, " particle"], starts: Params, kernel: ReplicaExchange, settings: tuple, data: Batch) -> tuple:
@@ -63,7 +63,7 @@ def _anneal(
             key, position = arguments
             rung = kernel.at(settings)
             state = rung.init(key, position, data)
-            state = jax.lax.fori_loop(0, _MOVES, lambda i, s: rung.step(jax.random.fold_in(key, i), s, data)[0], state)
+            state = jax.lax.fori_loop(0, moves, lambda i, s: rung.step(jax.random.fold_in(key, i), s, data)[0], state)
             return state.params, state.loss
 
         return jax.lax.map(one, (keys, starts), batch_size=block_size)

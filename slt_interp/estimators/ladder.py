@@ -2,7 +2,8 @@
 
 One set of draws gives the LLC at every scale, partition functions, and the base measure's mass of {L <= threshold}. Two
 families of chains that never meet, one started at draws of the base and one at the trained weights, tell whether the ladder has
-equilibrated: their difference is part of every error bar, and where it is too large the ladder says so.
+equilibrated: their difference is part of every error bar, and where it is too large the ladder says so. All readings share the
+weights of draws, of either family and of both; hence one class, and its length.
 """
 
 from collections.abc import Sequence
@@ -119,10 +120,10 @@ class Ladder:
                 f"rungs at nbeta {self.nbetas[worst]:.3g} and {self.nbetas[worst + 1]:.3g} swap with probability "
                 f"{self.exchange[worst]:.2g} only, as at a first-order transition: narrow the base measure, or end below it"
             )
-        if self.two_phases and self.round_trips is not None and self.round_trips < 1:
+        if self._torn_rung is not None and self._phase_changes < 1:
             found.append(
-                f"there are two phases, and chains make {self.round_trips:.1f} round trips between base and top: take more "
-                "draws, or narrow the base measure"
+                f"there are two phases, between which a chain changed {self._phase_changes:.1g} times near nbeta "
+                f"{self.nbetas[self._torn_rung]:.3g}: take more draws, or narrow the base measure"
             )
         gaps = self._family_gaps
         limits = np.clip(family_limit(len(self.is_from_base)) * gaps[1], *_GAPS)
@@ -134,21 +135,15 @@ class Ladder:
             )
         return tuple(found)
 
-    @cached_property
+    @property
     def two_phases(self) -> str | None:
-        """Where draws are of two phases, as at a first-order transition, in words; None if they are nowhere.
-
-        Within a phase nbeta L has a variance of about the LLC; between two it scatters by the difference of their energies.
-        """
-        energies = self.nbetas[1:, None, None] * self._losses[1:]
-        llc, variance = energies.mean(axis=(1, 2)), energies.var(axis=(1, 2))
-        excess = variance / (1 + np.maximum(llc, 0.0))
-        worst = int(excess.argmax())
-        if not excess[worst] > _TWO_PHASES:
+        """Where draws are of two phases, as at a first-order transition, in words; None if they are nowhere."""
+        if self._torn_rung is None:
             return None
+        energies = self.nbetas[self._torn_rung] * self._losses[self._torn_rung]
         return (
-            f"two phases, as at a first-order transition, near nbeta {self.nbetas[1 + worst]:.3g}: nbeta L has a variance of "
-            f"{variance[worst]:.3g} there, and the LLC is {llc[worst]:.3g}"
+            f"two phases, as at a first-order transition, near nbeta {self.nbetas[self._torn_rung]:.3g}: nbeta L has a variance "
+            f"of {energies.var():.3g} there, the LLC is {energies.mean():.3g}, and a chain changed {self._phase_changes:.3g} times"
         )
 
     @cached_property
@@ -327,6 +322,21 @@ class Ladder:
             )
         return thresholds
 
+    @cached_property
+    def _torn_rung(self) -> int | None:
+        """Find where nbeta L scatters most if not as in one phase, in which its variance is about the LLC."""
+        energies = self.nbetas[1:, None, None] * self._losses[1:]
+        llc, variance = energies.mean(axis=(1, 2)), energies.var(axis=(1, 2))
+        is_wide = variance > _TWO_PHASES * (1 + np.maximum(llc, 0.0))
+        return 1 + int(np.where(is_wide, variance, 0.0).argmax()) if is_wide.any() else None
+
+    @property
+    def _phase_changes(self) -> float:
+        """Count how often a chain goes over the middle between low and high losses, where there are two phases."""
+        losses = self._losses[self._torn_rung]
+        is_high = losses > np.mean(np.quantile(losses, [0.1, 0.9]))
+        return float(np.mean(np.sum(is_high[:, 1:] != is_high[:, :-1], axis=1)))
+
     @property
     def _losses(self) -> Float[np.ndarray, "rung chain draw"]:
         return self.loss - self.lowest_loss
@@ -412,5 +422,5 @@ _GAPS = 0.1, 2.0
 
 _MAX_DROP = 0.1
 
-_TWO_PHASES = 4.0
+_TWO_PHASES = 3.0
 """A variance of nbeta L, in units of 1 + LLC: it is at most about 2 in a phase whose LLC falls as nbeta rises."""

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Key
 
 from slt_interp.estimators.families import Families, top_rung
 from slt_interp.estimators.llc import DO_NOT_TRUST, OK, LLCEstimate, keep_energy, llc
-from slt_interp.estimators.rungs import BURNIN_PER_RUNG, REJECTED, place_rungs
+from slt_interp.estimators.rungs import REJECTED, burnin_steps, place_rungs
 from slt_interp.posterior import LocalPosterior
 from slt_interp.samplers.draws import Draws, keep_nothing, starting
 from slt_interp.samplers.hamiltonian import MetropolisState, learned_scale
@@ -92,13 +92,11 @@ def ladder_in_rounds(
     if kernel is None:
         return None, spent
     rungs = np.size(kernel.target.nbeta)
-    last = max(1, int((budget - spent) / (kernel.kernel.num_leapfrog * rungs)) - BURNIN_PER_RUNG * rungs)
+    last = max(1, int((budget - spent) / (kernel.kernel.num_leapfrog * rungs)) - burnin_steps(kernel))
     num_draws, runs = FIRST_ROUND, None
     while True:
         num_draws = min(num_draws, last)
-        runs = families.run(
-            run_key, kernel, num_draws=num_draws, num_burnin=BURNIN_PER_RUNG * rungs, previous=runs, starts=starts
-        )
+        runs = families.run(run_key, kernel, num_draws=num_draws, num_burnin=burnin_steps(kernel), previous=runs, starts=starts)
         settled, estimate = _without_burnin(*top_rung(runs, kernel, target), init_loss=init_loss)
         is_precise = estimate.std_error <= precision * abs(estimate.llc)
         if num_draws == last or (is_precise and estimate.status == OK):

@@ -21,7 +21,7 @@ from slt_interp.estimators.ladder import Ladder
 from slt_interp.estimators.minibatch_ladder import minibatch_ladder
 from slt_interp.estimators.reference import nearby_loss
 from slt_interp.estimators.rounding import loss_rounding
-from slt_interp.estimators.rungs import BURNIN_PER_RUNG, place_rungs
+from slt_interp.estimators.rungs import burnin_steps, place_rungs
 from slt_interp.estimators.volume_estimate import check_labels
 from slt_interp.posterior import LocalPosterior, LossFn, check_target
 from slt_interp.samplers.draws import Draws
@@ -49,9 +49,9 @@ def temper(
     On more than 8,192 examples rungs are run one after the other by SGLD on minibatches of 512, with a control variate and
     without swaps; errors then cover what its step is predicted to add (see `minibatch_ladder` for the cost).
 
-    HMC costs about 8 gradients per chain, rung and step: a pilot of 150 steps on fewer rungs, 400 steps in which half of the
-    chains are annealed from the base to the coldest rung, trials of 100 to 150 steps, and two for each rung before any draw
-    is kept.
+    HMC costs 8 gradients per chain, rung and step, or 32 of more than 512 weights. Before any draw is kept come, for each rung,
+    a pilot of 1,200 gradients on fewer rungs, 3,200 by which half of the chains are annealed from the base to the coldest rung,
+    trials of 800 to 1,200 (more in many dimensions), and 16 for each rung of the ladder (32).
 
     Args:
         key: typed PRNG key.
@@ -160,14 +160,14 @@ def ladders(
     folder = None if checkpoint is None else Path(checkpoint)
     kernel, starts, spent = place_rungs(place_key, target, families, folder)
     assert kernel is not None, "without a limit there is always a ladder"
-    num_rungs, runs = np.size(kernel.target.nbeta), None
+    runs = None
     collect = keep_rungs(kernel.target, keep_params=keep_params, labels=labels)
     while True:
         runs = families.run(
             run_key,
             kernel,
             num_draws=num_draws,
-            num_burnin=BURNIN_PER_RUNG * num_rungs,
+            num_burnin=burnin_steps(kernel),
             starts=starts,
             # What is on disk goes on by itself.
             previous=runs if folder is None else None,

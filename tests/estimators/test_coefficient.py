@@ -9,7 +9,7 @@ import scipy.signal
 
 from slt_interp.analytic import catalogue
 from slt_interp.errors import InputError
-from slt_interp.estimators.coefficient import MAX_POLES, _divided_difference, fit_coefficient
+from slt_interp.estimators.coefficient import MAX_POLES, _density_of_poles, _divided_difference, fit_coefficient
 
 NBETAS = np.geomspace(30.0, 1e7, 12)
 
@@ -151,3 +151,18 @@ def test_energies_that_go_up_and_down_fit_no_law():
     increments = np.diff(np.log(NBETAS)) * 2.5
     found = fit_coefficient(np.log(NBETAS), energies, increments, 1e-4 * np.eye(2 * len(NBETAS) - 1))
     assert "no law fits" in str(found)
+
+
+def test_the_density_of_poles_is_one_in_the_mean_and_high_at_fractions_of_small_denominators():
+    places = (np.arange(50_000) + 0.5) / 50_000
+    for std_error in (0.002, 0.01, 0.03, 0.1, 1.0):
+        density = _density_of_poles(places, std_error)
+        # Fractions come once in 1 / (2k) each, and every one adds what it has.
+        assert density.mean() == pytest.approx(1, abs=1e-3)
+    # All its own: half of the prior, 1 / 1.565 of that for k = 1, whose fractions 0 and 1/2 are .5 apart.
+    direct = [sum(np.exp(-0.5 * ((0.3 - j / (2 * k)) / 0.02) ** 2) for j in range(60)) / (2 * k) / k**2 for k in range(1, 13)]
+    share = sum(direct) / (0.02 * np.sqrt(2 * np.pi)) / sum(1 / k**2 for k in range(1, 13))
+    assert _density_of_poles(np.array([0.3]), 0.02)[0] == pytest.approx(0.5 + 0.5 * share, rel=1e-4)
+    assert _density_of_poles(np.array([0.3]), 5.0)[0] == pytest.approx(1, abs=1e-9)
+    near = _density_of_poles(np.array([0.5, 5 / 12, 0.964]), 0.005)
+    assert near[0] > near[1] > near[2]

@@ -106,3 +106,17 @@ def test_controls_explain_increments_of_log_z_block_by_block():
     assert left < 0.7
     controls[:80] = controls[:80][::-1]
     assert np.std(controlled(rows, controls)[:80, 10:]) / np.std(increments) > 0.9
+
+
+def test_rungs_that_do_not_overlap_have_the_error_of_their_integral():
+    # 1000 dimensions: a rung's energies are 4 % wide, and the next one's are 2.5 times as low.
+    shape = 500.0
+    losses = np.random.default_rng(3).gamma(shape, 1 / (1 + NBETAS)[:, None, None], (len(NBETAS), 4, 100))
+    ladder = Reweighting(NBETAS, losses)
+    log_z, error = ladder.log_partition()
+    off = np.abs(log_z + shape * np.log1p(NBETAS))[1:]
+    # Half of the distance between the rectangles above and below is a bound, and not a wide one for trapezoids in log nbeta.
+    assert np.all(off < error[1:])
+    assert np.all(error[3:] > 10)
+    inside = ladder.losses <= 1.0
+    assert ladder.log_mass_error(inside) > 0.9 * error[-2]

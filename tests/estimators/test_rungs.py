@@ -149,7 +149,7 @@ def test_top_below_the_first_rung_makes_a_ladder_of_four_above_the_base(key, run
     # A pilot and two trials; nothing is added between neighbors that nearly always swap.
     assert len(runs) == 3
     # And half of the chains are annealed.
-    annealing = 8 * 4 * rungs.ANNEALING / 2
+    annealing = 4 * rungs.ANNEALING / 2
     assert spent == _gradients(5, 100 + 50) + annealing + 2 * _gradients(5, 50)
     assert spent == pytest.approx(annealing + sum(np.mean([draws.num_gradients for draws in pair]) for pair in runs))
 
@@ -160,7 +160,7 @@ def test_a_ladder_leaves_of_the_budget_what_its_draws_need(key):
     for budget in (5_000, 12_000, 25_000, 40_000):
         kernel, _, spent = place_rungs(key, _target(half_square, TINY), _families(), max_gradients=budget)
         found.append(kernel is not None)
-        assert kernel is None or spent + _gradients(5, 5 * rungs.BURNIN_PER_RUNG + rungs.MIN_DRAWS) <= budget
+        assert kernel is None or spent + _gradients(5, (5 * rungs.BURNIN + rungs.FEWEST) // 8) <= budget
     assert found[0] is False
     assert found[-1] is True
 
@@ -189,3 +189,38 @@ def test_a_ladder_of_thousands_of_rungs_is_refused_before_it_is_run(key, monkeyp
     monkeypatch.setattr(rungs, "_reached", lambda pilot, nbetas: np.linspace(0.0, 1e11, len(nbetas) - 1))
     with pytest.raises(InputError, match="would need 100,000,000,002 rungs, and at most 400 are run"):
         place_rungs(key, _target(half_square, 100.0), _families())
+
+
+def test_a_gap_in_which_two_phases_coexist_is_divided_by_what_they_scatter_together():
+    nbetas = np.concatenate([[0.0], 100.0 * 1.2 ** np.arange(35)])
+    rng = np.random.default_rng(0)
+    families = [rng.gamma(4.0, 1 / np.maximum(nbetas, 1.0), (4, 50, 36)) for _ in range(2)]
+    np.testing.assert_array_equal(rungs._phase_parts(families, nbetas), 1)
+    # At one rung the first family is 60 higher in nbeta L: together they scatter by 30, and gaps of log 1.2 are 5.5 of that.
+    families[0][:, :, 20] += 60 / nbetas[20]
+    parts = rungs._phase_parts(families, nbetas)
+    np.testing.assert_array_equal(parts[[19, 20]], 6)
+    np.testing.assert_array_equal(np.delete(parts, [19, 20]), 1)
+    # Of a ladder of 36 rungs there is room for 12; the wider gap, here by a third draw of all, is divided first.
+    families[0][:, :, 20] += 120 / nbetas[20]
+    crowded = rungs._phase_parts(families, nbetas)
+    assert crowded.sum() == len(crowded) + 12
+    # A family that has not arrived at any colder rung is no phase.
+    families[0][:, :, 20:] += 60 / nbetas[20:]
+    np.testing.assert_array_equal(rungs._phase_parts(families, nbetas), 1)
+
+
+def test_gaps_are_divided_at_equal_ratios():
+    found = rungs._divided(np.array([0.0, 1.0, 8.0, 16.0]), np.array([2, 3, 1]))
+    np.testing.assert_allclose(found, [0.0, 0.25, 1.0, 2.0, 4.0, 8.0, 16.0])
+
+
+@pytest.mark.slow
+def test_neighbors_that_hardly_swap_get_a_rung_between_them(key, runs, monkeypatch):
+    # Rungs as far apart as the pilot's, a factor of 3, where 20 directions swap with a probability of about .03.
+    monkeypatch.setattr(rungs, "_reached", lambda pilot, nbetas: np.arange(len(nbetas) - 1.0))
+    target = LocalPosterior(half_square, jnp.zeros(20), 1e3, Gaussian(0.0, 1.0))
+    kernel, _, _ = place_rungs(key, target, Families(jnp.zeros(20), None, num_chains=2, progress=False))
+    before, after = (np.asarray(k.target.nbeta) for k in (runs[0][0].kernel, kernel))
+    assert len(after) > len(before)
+    assert np.max(np.diff(np.log(after[2:]))) < 0.6 * np.log(3)

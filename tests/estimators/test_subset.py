@@ -228,3 +228,27 @@ def test_bad_input_is_one_sentence(change, message, key):
     with pytest.raises(InputError, match=message) as caught:
         subset_simulation(key, half_square, **settings, **QUIET)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("size", "thresholds"), [(10, [0.1]), (4, [0.25]), (4, [0.25, 0.5])])
+def test_an_error_rate_counts_at_a_threshold_that_is_one_of_its_values(size, thresholds, key):
+    # float32(0.1) is above 0.1. Signs of normal weights are coins: binomial numbers of errors.
+    def error_rate(w, batch):
+        return jnp.mean((w < 0).astype(jnp.float32))
+
+    settings = {"base": Gaussian(0.0, 1.0), "num_particles": 100, "max_rounds": 1, **QUIET}
+    found = subset_simulation(key, error_rate, jnp.ones(size), None, thresholds, **settings)
+    assert agrees(found, stats.binom(size, 0.5).logcdf(np.round(np.array(thresholds) * size)))
+
+
+def test_the_answer_names_the_set_and_counts_in_bits(key):
+    def ask(base, center):
+        thresholds, settings = [1.0], {"num_particles": 20, "num_moves": 1, "max_rounds": 1, **QUIET}
+        return subset_simulation(key, half_square, center, None, thresholds, base=base, **settings)
+
+    tethered, wide = ask(Gaussian(jnp.ones(2), 1.0), jnp.ones(2)), ask(Gaussian(0.0, 1.0), jnp.ones(2))
+    assert "where the base measure is centered" in tethered.counted
+    assert "symmetric copies of params included" in wide.counted
+    count = ask(FloatGrid("float16", 1.0), jnp.ones(2))
+    assert f"{count.bits[0]:.4g} +-" in str(count)
+    assert "in bits" in str(count)

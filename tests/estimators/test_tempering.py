@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from slt_interp import Box, Gaussian, LocalPosterior, temper
+from slt_interp import Ball, Box, FloatGrid, Gaussian, LocalPosterior, temper
 from slt_interp.analytic import catalogue
 from slt_interp.errors import InputError
 from slt_interp.estimators.ladder import Ladder
@@ -284,6 +284,7 @@ def test_bad_input_gets_one_sentence():
 
     for settings, message in [
         ({"base": 1.0}, "base must be a Gaussian, Box or Ball"),
+        ({"base": FloatGrid("float16", 1.0)}, "a FloatGrid counts numbers .* estimate_volume with method='subset'"),
         ({"max_nbeta": 0.0}, "max_nbeta must be positive"),
         ({"num_chains": 5}, "num_chains must be even"),
         ({"base": Box(1.0, 2.0)}, "params lie outside the base measure"),
@@ -298,3 +299,132 @@ def test_bad_input_gets_one_sentence():
         ladder.log_volume([1e-6])
     with pytest.raises(InputError, match="keep_params=True"):
         ladder.draws(0)
+
+
+def test_losses_at_a_threshold_count_whatever_their_rounding():
+    ladder = _synthetic()
+    rates = (np.round(100 * ladder.loss).astype(np.float32) / np.float32(100)).astype(np.float64)
+    few = dataclasses.replace(ladder, loss=rates, mean_loss=rates)
+    # float32(.2) is above .2, and the next rate above it .21.
+    assert np.any((rates > 0.2) & (rates < 0.205))
+    assert few.log_volume([0.2]).log_volume[0] == few.log_volume([0.205]).log_volume[0]
+
+
+def test_a_ladder_refuses_what_its_families_do_not_agree_on():
+    # Losses four times as large take log 4 from log Z for each of two units of the coefficient: 2.8 nats at the coldest rung.
+    apart = _synthetic(shift=3.0)
+    found = apart.log_volume([0.05, 5.0])
+    assert np.isnan(found.log_volume[0])
+    assert np.isnan(found.std_error[0])
+    assert found.family_gap[0] > 2
+    assert abs(found.log_volume[1] - stats.gamma(2.0).logcdf(5.0)) < 4 * found.std_error[1]
+    assert any("chains from the base and from the weights differ by up to" in warning for warning in found.warnings)
+    by_label = dataclasses.replace(apart, labels=np.zeros(apart.loss.shape, int)).log_volume_by_label([0.05, 5.0])
+    np.testing.assert_array_equal(np.isnan(by_label[0][0]), [True, False])
+    stuck = _synthetic(exchange=0.01).log_volume([0.05, 5.0])
+    assert np.all(np.isnan(stuck.log_volume))
+    assert "neighbors swap with a probability of 0.01 only" in stuck.warnings[0]
+    assert not _synthetic().log_volume([0.05, 5.0]).warnings
+
+
+def test_a_volume_near_one_needs_no_saddle_point():
+    found = _synthetic().log_volume([2000.0])
+    assert np.isnan(found.saddle_point[0])
+    assert found.log_volume[0] == pytest.approx(0, abs=1e-5)
+
+
+def test_energies_are_counted_from_the_lowest_loss_and_thresholds_from_the_weights():
+    ladder = _synthetic()
+    # All losses .02 higher, and the weights .005 above the minimum that a descent from them reached.
+    moved = {"loss": ladder.loss + 0.02, "mean_loss": ladder.mean_loss + 0.02, "init_loss": 0.025, "nearby_loss": 0.02}
+    found = dataclasses.replace(ladder, **moved)
+    np.testing.assert_allclose(found.llc_curve().llc, ladder.llc_curve().llc, atol=1e-9)
+    expected = ladder.log_volume([0.055, 0.105]).log_volume
+    np.testing.assert_allclose(found.log_volume([0.05, 0.1]).log_volume, expected, atol=1e-9)
+    assert any("0.005 nats below that at the weights was found, 0.5 times" in warning for warning in found.warnings)
+    assert not found.sampling_warnings
+    # Without the descent nothing shows in 4 dimensions but the lowest of the draws.
+    assert dataclasses.replace(found, nearby_loss=np.inf).lowest_loss == found.loss.min()
+
+
+def test_round_trips_are_counted_from_base_to_top_and_back():
+    ladder = _synthetic()
+    replica = np.array(ladder.replica)
+    # In the first chain replica 3 is at the base, at the top, and at the base again; in the second it never comes back.
+    for chain, draw, rung in [(0, 10, 0), (0, 20, 6), (0, 30, 0), (1, 20, 6)]:
+        replica[[rung, 3], chain, draw] = [3, rung]
+    assert dataclasses.replace(ladder, replica=replica).round_trips == 1 / 8
+
+
+def test_two_phases_are_named_and_doubted_where_chains_do_not_change():
+    ladder = _synthetic()
+    assert ladder.two_phases is None
+    for high, changes in [(slice(None, None, 2), 199), (slice(100, None), 1), (None, 0)]:
+        loss = ladder.loss.copy()
+        # At the fourth rung above the base, nbeta 15.8, half of all draws are 1 nat per example higher.
+        loss[4, ::2] += 0.0 if high else 1.0
+        loss[4, :, high] += 1.0 if high else 0.0
+        found = dataclasses.replace(ladder, loss=loss)
+        assert "first-order transition, near nbeta 15.8" in str(found)
+        assert f"a chain changed {changes} times" in found.two_phases
+        assert any("there are two phases, between which a chain changed 0" in w for w in found.warnings) == (changes < 1)
+
+
+def _hole(w, batch):
+    """A hole of width .5 in a plateau: in many dimensions a first-order transition, at which the plateau is left."""
+    return 1 - jnp.exp(-2 * jnp.sum(w**2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dimension", [8, 10])
+def test_volumes_across_a_first_order_transition_are_right_or_refused(dimension, key):
+    base, law = Gaussian(0.0, 1.0), stats.chi2(dimension)
+    settings = {"base": base, "max_nbeta": 300.0, "num_draws": 800, "progress": False}
+    ladder = temper(key, _hole, jnp.zeros(dimension), None, **settings)
+    found, exact = ladder.log_volume([0.1, 0.5]), law.logcdf(-np.log1p(-np.array([0.1, 0.5])) / 2)
+    is_refused = np.isnan(found.log_volume)
+    assert np.all(is_refused | (np.abs(found.log_volume - exact) < 4 * found.std_error))
+    if dimension == 8:
+        assert not is_refused.any()
+        return
+    # Energies by quadrature over the squared radius: where they fall fastest the phases weigh as much as one another.
+    squares = np.linspace(0, 60, 600_001)
+    losses, nbetas = 1 - np.exp(-2 * squares), np.geomspace(5.0, 100.0, 400)
+    weights = [law.pdf(squares) * np.exp(-n * losses) for n in nbetas]
+    energies = [n * (w @ losses) / w.sum() for n, w in zip(nbetas, weights, strict=True)]
+    coexistence = nbetas[np.argmin(np.diff(energies))]
+    assert ladder.two_phases is not None
+    named = float(ladder.two_phases.split("near nbeta ")[1].split(":")[0])
+    # Chains that stay too long in one phase put it a rung or two aside.
+    assert 1 / 1.5 < named / coexistence < 1.5
+
+
+@pytest.mark.slow
+def test_weights_that_are_no_minimum_do_not_lower_the_coefficient(key):
+    # In 60 dimensions draws are far above the minimum: no loss among them is as low as that at the weights.
+    loss_fn, off = (lambda w, batch: 0.5 * jnp.sum(w**2)), jnp.full(60, 0.017)
+    settings = {"base": Gaussian(0.0, 1.0), "max_nbeta": 1e3, "num_draws": 100, "progress": False}
+    ladder = temper(key, loss_fn, off, None, **settings)
+    assert ladder.loss.min() > ladder.init_loss
+    curve = ladder.llc_curve()
+    assert np.all(np.abs(curve.llc - 30 * curve.nbetas / (1 + curve.nbetas)) < 4 * curve.std_error)
+    assert any("the weights are no minimum" in warning for warning in ladder.warnings)
+    assert not ladder.sampling_warnings
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("base", "law"),
+    [
+        (Gaussian(0.4, 0.7), stats.norm(0.4, 0.7)),
+        (Box(-0.5, 1.5), stats.uniform(-0.5, 2.0)),
+        (Ball(0.3, 0.9), stats.uniform(-0.6, 1.8)),
+    ],
+    ids=["Gaussian", "Box", "Ball"],
+)
+def test_every_base_has_mass_one_and_the_volume_of_an_interval_off_its_center(base, law, key):
+    settings = {"max_nbeta": 4e3, "num_draws": 200, "progress": False}
+    ladder = temper(key, lambda w, batch: 0.5 * jnp.sum(w**2), jnp.zeros(1), None, base=base, **settings)
+    found, ends = ladder.log_volume([1e-3, 0.1, 1e4]), np.sqrt(2 * np.array([1e-3, 0.1]))
+    assert np.all(np.abs(found.log_volume[:2] - np.log(law.cdf(ends) - law.cdf(-ends))) < 4 * found.std_error[:2])
+    assert found.log_volume[2] == pytest.approx(0, abs=1e-5)

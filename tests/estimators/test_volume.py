@@ -142,6 +142,8 @@ def test_error_rate_without_gradient_can_be_the_loss(key):
     ("settings", "message"),
     [
         ({"method": "magic"}, "method must be 'tempering', 'subset', 'rays' or 'gaussian', but is 'magic'"),
+        ({"method": "magic", "labels": jnp.sum}, "method must be 'tempering', 'subset', 'rays' or 'gaussian', but is 'magic'"),
+        ({"method": "tempering", "base": FloatGrid("float16", 1.0)}, "only method='subset' does, but method is 'tempering'"),
         ({"method": "rays", "base": FloatGrid("float16", 1.0)}, "only method='subset' does, but method is 'rays'"),
         (
             {"method": "rays", "labels": jnp.sum},
