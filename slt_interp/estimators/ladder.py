@@ -54,7 +54,7 @@ class Ladder:
         num_lost: chains that became non-finite and are left out.
         gradients_per_chain: all gradients that a chain took.
         labels: of the draws, if `temper` was given any.
-        nearby_loss: the lowest loss on a descent from the weights, nats per example; infinite if there was none.
+        nearby_loss: the loss that a descent from the weights reached, nats per example; infinite if there was none.
         step_bias: what discretization is predicted to add to the energy of each rung; None for Metropolis kernels: nothing.
     """
 
@@ -140,10 +140,11 @@ class Ladder:
         """Where draws are of two phases, as at a first-order transition, in words; None if they are nowhere."""
         if self._torn_rung is None:
             return None
-        energies = self.nbetas[self._torn_rung] * self._losses[self._torn_rung]
+        nbeta = self.nbetas[self._torn_rung]
+        energies = nbeta * self._losses[self._torn_rung]
         return (
-            f"two phases, as at a first-order transition, near nbeta {self.nbetas[self._torn_rung]:.3g}: nbeta L has a variance "
-            f"of {energies.var():.3g} there, the LLC is {energies.mean():.3g}, and a chain changed {self._phase_changes:.3g} times"
+            f"two phases, as at a first-order transition, near nbeta {nbeta:.3g}: there nbeta L has a variance of "
+            f"{energies.var():.3g}, the LLC is {energies.mean():.3g}, and a chain changed {self._phase_changes:.3g} times"
         )
 
     @cached_property

@@ -113,7 +113,14 @@ def minibatch_ladder(
         biases.append(bias + predicted_noise_bias(noise_key, rung, step_size, ends, batches))
         gradients += float(np.mean([draws.num_gradients.mean() for draws in runs]))
         found.append(jax.tree.map(lambda *x: np.concatenate(x), *(draws.collected for draws in runs)))
-        scatter = nbeta * np.sqrt(np.mean([np.var(draws.collected.loss[draws.is_finite]) for draws in runs]))
+        for family, kept in zip(("draws of the base", "the weights"), np.split(is_finite, 2), strict=True):
+            if not kept.any():
+                raise InputError(
+                    f"all chains from {family} became non-finite up to nbeta {nbeta:.3g}: narrow the base measure, or take more"
+                )
+        losses = [draws.collected.loss[draws.is_finite] for draws in runs]
+        # Draws at which the loss is infinite say nothing of how far it scatters.
+        scatter = nbeta * np.sqrt(np.mean([np.var(x[np.isfinite(x)]) for x in losses]))
         nbeta = min(top, nbeta * float(np.exp(SCATTER / max(scatter, SCATTER / np.log(GROWTH)))))
     # A chain that was lost at one rung has no start at the next.
     readings = jax.tree.map(lambda *x: np.stack(x)[:, is_finite], *found)

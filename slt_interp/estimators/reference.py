@@ -17,31 +17,36 @@ from slt_interp.tree import Params
 
 
 def nearby_loss(target: LocalPosterior, params: Params, data: Batch, block_size: int | None = None) -> float:
-    """Find the lowest loss on a descent from the weights, nats per example, by L-BFGS with at most `_MAX_STEPS` steps.
+    """Find the loss at the mode of the coldest rung, `target`, by a descent from the weights, nats per example.
 
-    Weights outside the base measure do not count. The loss is computed in blocks of `block_size` examples, or of all.
+    The mode of exp(-nbeta L) base(w) rather than the minimum of L, which may be outside the base measure, or at infinity. At
+    most `_MAX_STEPS` steps of L-BFGS. The loss is computed in blocks of `block_size` examples, or of all.
 
-    >>> target = LocalPosterior(lambda w, batch: jnp.sum((w - 1.0) ** 2), jnp.zeros(3), 1.0, 1.0)
+    >>> target = LocalPosterior(lambda w, batch: jnp.sum((w - 1.0) ** 2), jnp.zeros(3), nbeta=1e6, localization=1.0)
     >>> nearby_loss(target, jnp.zeros(3), None) < 1e-6
     True
     """
     from scipy.optimize import minimize
 
     start, unravel = ravel_pytree(target.position(params))
-    losses = []
+    nbeta = float(np.asarray(target.nbeta))
 
-    def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
-        weights = unravel(jnp.asarray(flat, start.dtype))
-        loss, gradient, is_inside = _descent(target, weights, data, block_size=block_size)
-        if is_inside and np.isfinite(loss):
-            losses.append(float(loss))
+    def read(flat: np.ndarray) -> tuple[float, float, Params]:
+        loss, base, gradient = _descent(target, unravel(jnp.asarray(flat, start.dtype)), data, block_size=block_size)
+        return float(loss), float(base), gradient
+
+    first, _, _ = read(np.asarray(start))
+
+    def potential(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        loss, base, gradient = read(flat)
         # A line search turns back from where the loss cannot be computed.
-        return float(np.nan_to_num(loss, nan=np.inf)), np.nan_to_num(np.asarray(ravel_pytree(gradient)[0], np.float64))
+        value = float(np.nan_to_num(nbeta * (loss - first) + base, nan=np.inf))
+        return value, np.nan_to_num(np.asarray(ravel_pytree(gradient)[0], np.float64))
 
-    minimize(
-        objective, np.asarray(start, np.float64), jac=True, method="L-BFGS-B", options={"maxiter": _MAX_STEPS, "ftol": 0.0}
-    )
-    return min(losses, default=np.inf)
+    options = {"maxiter": _MAX_STEPS, "ftol": 0.0}
+    found = minimize(potential, np.asarray(start, np.float64), jac=True, method="L-BFGS-B", options=options)
+    loss, base, _ = read(found.x)
+    return loss if np.isfinite(loss + base) else np.inf
 
 
 _MAX_STEPS = 200
@@ -50,6 +55,7 @@ _MAX_STEPS = 200
 @partial(jax.jit, static_argnames="block_size")
 def _descent(
     target: LocalPosterior, params: Params, data: Batch, *, block_size: int | None
-) -> tuple[Float[Array, ""], Params, Array]:
+) -> tuple[Float[Array, ""], Float[Array, ""], Params]:
+    """Evaluate the loss, the base measure's potential, and the gradient of the whole."""
     loss, gradient = mean_over_blocks(partial(jax.value_and_grad(target.loss), params), data, block_size)
-    return loss, gradient, jnp.isfinite(target.base.potential(params))
+    return loss, target.base.potential(params), target.potential_gradient(params, gradient)
