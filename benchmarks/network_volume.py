@@ -51,7 +51,7 @@ class Config:
     num_seeds: int = 1
     """Calls of each method."""
     num_chains: int = 4
-    num_draws: tuple[int, ...] = (60, 800, 50)
+    num_draws: tuple[int, ...] = (120, 800, 50)
     """Of tempering, under each base."""
     num_particles: int = 25
     num_descents: int = 4

@@ -116,7 +116,7 @@ class Config:
     """At most so many of the largest thresholds are also reached by tempering, a second route."""
     volume_chains: int = 4
     """Chains of that ladder, an even number."""
-    volume_draws: int = 200
+    volume_draws: int = 50
     """Draws kept of each of them."""
     search_maps: tuple[str, ...] = ("rotation", "linear", "RevNet")
     """Maps that are searched at every site: rotation, which must be among them, linear and RevNet."""
@@ -181,7 +181,7 @@ FULL = replace(
     volume_particles=200,
     volume_tempered=7,
     volume_chains=8,
-    volume_draws=400,
+    volume_draws=100,
     search_sizes=(1, 2, 4, 8),
     search_steps=3000,
     search_restarts=20,
