@@ -327,7 +327,9 @@ class Ladder:
     def _torn_rung(self) -> int | None:
         """Find where nbeta L scatters most if not as in one phase, in which its variance is about the LLC."""
         energies = self.nbetas[1:, None, None] * self._losses[1:]
-        llc, variance = energies.mean(axis=(1, 2)), energies.var(axis=(1, 2))
+        # Where a loss is infinite, as it may be on minibatches, nothing is said.
+        with np.errstate(invalid="ignore"):
+            llc, variance = energies.mean(axis=(1, 2)), energies.var(axis=(1, 2))
         is_wide = variance > _TWO_PHASES * (1 + np.maximum(llc, 0.0))
         return 1 + int(np.where(is_wide, variance, 0.0).argmax()) if is_wide.any() else None
 

@@ -51,7 +51,8 @@ def temper(
 
     HMC costs 8 gradients per chain, rung and step, or 32 of more than 512 weights. Before any draw is kept come, for each rung,
     a pilot of 1,200 gradients on fewer rungs, 3,200 by which half of the chains are annealed from the base to the coldest rung,
-    trials of 800 to 1,200 (more in many dimensions), and 16 for each rung of the ladder (32).
+    trials of 800 to 1,200 (more in many dimensions), and 16 for each rung of the ladder (32). A descent of at most 200 steps
+    from the weights, before all that, finds the loss that energies are counted from.
 
     Args:
         key: typed PRNG key.

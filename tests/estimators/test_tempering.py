@@ -118,6 +118,13 @@ def _synthetic(shift=0.0, exchange=0.5, init_loss=0.0, rounding=0.0):
     )
 
 
+def test_infinite_losses_of_a_cold_rung_are_no_phase():
+    ladder = _synthetic()
+    loss = ladder.loss.copy()
+    loss[3, 0, 0] = np.inf
+    assert dataclasses.replace(ladder, loss=loss).two_phases is None
+
+
 @pytest.mark.parametrize("offset", [0.5, 1e3])
 def test_rounding_of_a_loss_with_an_offset_is_that_of_its_floats(offset):
     target = LocalPosterior(lambda w, batch: offset + 0.5 * jnp.sum(w**2), jnp.zeros(4), 1.0, Gaussian(0.0, 1.0))
