@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import threadpoolctl
 import tyro
 
 from slt_interp import Gaussian
@@ -246,6 +247,8 @@ if __name__ == "__main__":
         "smoke": ("See in a minute that it works.", _Arguments(SMOKE, folder)),
     }
     arguments = tyro.extras.overridable_config_cli(presets, description=__doc__)
+    # Threads of BLAS spin while they wait: beside another process a reading took minutes instead of seconds.
+    threadpoolctl.threadpool_limits(1, user_api="blas")
     # Before JAX is used: a device for every core, as on the command line.
     jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
     print(table(main(arguments.config, arguments.out).results))

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import threadpoolctl
 import tyro
 from volume_peers import nested_sampling, published_rays
 
@@ -411,4 +412,6 @@ if __name__ == "__main__":
         "smoke": ("See in a minute that it works.", _Arguments(SMOKE, folder)),
     }
     arguments = tyro.extras.overridable_config_cli(presets, description=__doc__)
+    # Threads of BLAS spin while they wait: beside another process a reading took minutes instead of seconds.
+    threadpoolctl.threadpool_limits(1, user_api="blas")
     print(table(main(arguments.config, arguments.out).results))
