@@ -12,7 +12,6 @@ The loss is any scalar function of the weights: `behavioral_kl` makes the one th
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -119,14 +118,12 @@ def tempered_volume(
     precision: float = 0.05,
     max_rounds: int = 4,
     progress: bool = True,
-    checkpoint: str | Path | None = None,
 ) -> VolumeEstimate:
     """Read log volumes from a ladder of temperatures, as cold as the smallest threshold asks; see `temper`.
 
     The first `num_draws` steps are doubled, in `max_rounds` at most, until the standard error of every threshold is at most
     `precision` nats, or a tenth of that times |log V| where that is larger (an error that is looked at until it is small is a
-    little too small); `checkpoint` is a directory for resumption, as for `temper`; other arguments are those of
-    `estimate_volume`.
+    little too small); other arguments are those of `estimate_volume`.
     What a ladder refuses is given no number: see `readings.log_volume`.
     """
     check_key(key)
@@ -151,7 +148,6 @@ def tempered_volume(
         num_draws=num_draws,
         labels=labels,
         progress=progress,
-        checkpoint=checkpoint,
     )
     ladder = next(growing)
     for _ in range(max_rounds - 1):

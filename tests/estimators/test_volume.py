@@ -225,15 +225,3 @@ def test_rounds_end_when_errors_are_small_or_rounds_are_spent(read_from):
         assert found.std_error.max() == errors[enough]
         assert np.all(np.abs(found.log_volume - exact) < 4 * found.std_error)
     assert read_from(ladders, precision=1e-6, max_rounds=2).std_error.max() == errors[1]
-
-
-@pytest.mark.slow
-def test_a_tempered_volume_goes_on_from_its_checkpoint_with_the_same_answer(key, tmp_path):
-    settings = {"base": Gaussian(0.0, 1.0), "num_chains": 4, "num_draws": 20, "precision": 1e-6, "progress": False}
-
-    def ask(**more):
-        return volume.tempered_volume(key, quadratic, PARAMS, None, [0.1], **settings, **more)
-
-    whole = ask(max_rounds=2)
-    ask(max_rounds=1, checkpoint=tmp_path)
-    np.testing.assert_array_equal(ask(max_rounds=2, checkpoint=tmp_path).log_volume, whole.log_volume)
