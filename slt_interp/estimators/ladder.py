@@ -115,7 +115,8 @@ class Ladder:
         if self.num_lost:
             found.append(f"{self.num_lost} chains became non-finite and are left out: narrow the base measure")
         worst = int(self.exchange.argmin())
-        if self.exchange[worst] < MIN_EXCHANGE:
+        # Not a number where losses of both rungs are infinite.
+        if not self.exchange[worst] >= MIN_EXCHANGE:
             found.append(
                 f"rungs at nbeta {self.nbetas[worst]:.3g} and {self.nbetas[worst + 1]:.3g} swap with probability "
                 f"{self.exchange[worst]:.2g} only, as at a first-order transition: narrow the base measure, or end below it"
@@ -144,7 +145,7 @@ class Ladder:
         energies = nbeta * self._losses[self._torn_rung]
         return (
             f"two phases, as at a first-order transition, near nbeta {nbeta:.3g}: there nbeta L has a variance of "
-            f"{energies.var():.3g}, the LLC is {energies.mean():.3g}, and a chain changed {self._phase_changes:.3g} times"
+            f"{energies.var():.3g}, and the LLC is {energies.mean():.3g}"
         )
 
     @cached_property
@@ -335,7 +336,10 @@ class Ladder:
 
     @property
     def _phase_changes(self) -> float:
-        """Count how often a chain goes over the middle between low and high losses, where there are two phases."""
+        """Count how often losses of a chain go over the middle between low and high ones, where there are two phases.
+
+        Swaps count, too: many say little, but none says that chains are stuck.
+        """
         losses = self._losses[self._torn_rung]
         is_high = losses > np.mean(np.quantile(losses, [0.1, 0.9]))
         return float(np.mean(np.sum(is_high[:, 1:] != is_high[:, :-1], axis=1)))

@@ -71,7 +71,7 @@ def log_volume(
     the saddle point: a volume above a third is counted among draws of the base, and needs none.
     """
     saddle_gap = np.where(values > np.log(_COUNTED), 0.0, np.abs(values - saddle_point))
-    reasons, refused = [], np.full(len(values), smallest_exchange < LEAST_EXCHANGE)
+    reasons, refused = [], np.full(len(values), not smallest_exchange >= LEAST_EXCHANGE)
     if refused.any():
         reasons.append(f"neighbors swap with a probability of {smallest_exchange:.2g} only: take more draws")
     for gap, limit, text in (

@@ -210,7 +210,7 @@ def _read(ladder: Ladder, thresholds: Float[np.ndarray, " threshold"]) -> _Readi
 
 def _is_enough(ladder: Ladder, reading: _Reading | None, precision: float) -> bool:
     """Whether errors are small at all thresholds that are reached, or more draws would not help."""
-    if reading is None or ladder.exchange.min() < LEAST_EXCHANGE:
+    if reading is None or not ladder.exchange.min() >= LEAST_EXCHANGE:
         return True
     found = reading.found
     limit = precision * np.maximum(1.0, np.abs(found.log_volume) / 10)
