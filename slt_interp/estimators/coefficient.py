@@ -109,9 +109,10 @@ def fit_coefficient(
     4.5 below log nbeta of the first rung, within a factor of 2; a correction has an amplitude of about half the largest energy,
     or none. A law may begin to hold at any rung: each reading left out costs a factor of e, as in Akaike's criterion.
 
-    The coefficient is as probably as not a fraction (h + 1) / (2k) with k up to 12, then with a probability in proportion to
-    1 / k^2. This weighs laws against one another, and says nothing where errors are above 1/2; the coefficient of a law and its
-    error are as the readings have them.
+    The coefficient is positive, and as probably as not a fraction (h + 1) / (2k) with k up to 12: a k is as probable as 1 / k^2,
+    and all h are as probable as one another, so that a fraction weighs the sum of 1 / k^3 over the k that it has. This weighs
+    laws against one another, and says nothing where errors are above 1/2; the coefficient of a law and its error are as the
+    readings have them.
 
     Args:
         log_nbetas: increasing, at least `MIN_RUNGS`, the first where the posterior leaves the base measure.
@@ -187,22 +188,26 @@ def _fits(
                 log_weight = -0.5 * squares - 0.5 * np.linalg.slogdet(precision)[1] - (len(readings) - len(kept))
                 log_weight += np.log(prior * 0.5**m) + (-np.log(2 * len(_GAPS) * amplitude) if decay else np.log(0.5))
                 std_error, freedom = np.sqrt(np.linalg.inv(precision)[0, 0]), len(kept) - num_fitted
-                log_weight += np.log(_density_of_poles(solution[0], std_error))
+                log_weight += np.log(np.maximum(_density_of_poles(solution[0], std_error), _TINY))
                 yield np.stack(np.broadcast_arrays(m, log_weight, solution[0], std_error, squares, freedom))
 
 
 def _density_of_poles(pole: Float[_Array, " law"], std_error: float) -> Float[_Array, " law"]:
-    """Average the prior density of a pole over a normal distribution; 1 if that is wide."""
+    """Average the prior density of a positive pole over a normal distribution; 1 where that is wide, and 0 far below 0."""
+    from scipy.special import ndtr
+
     orders = np.arange(1, _LARGEST_ORDER + 1)[:, None]
-    # In units of the distance between the fractions of one k.
+    # In units of the distance between the fractions of one k, the first of which is 1.
     place, width = 2 * orders * pole, 2 * orders * std_error
-    offsets = place - np.round(place) + np.arange(-2, 3)[:, None, None]
+    fractions = np.round(place) + np.arange(-2, 3)[:, None, None]
     with np.errstate(under="ignore"):
-        near = np.exp(-0.5 * (offsets / width) ** 2).sum(axis=0) / (width * np.sqrt(2 * np.pi))
-        # By Poisson's sum, of which two terms are left.
+        terms = np.exp(-0.5 * ((place - fractions) / width) ** 2) * (fractions >= 1)
+        near = terms.sum(axis=0) / (width * np.sqrt(2 * np.pi))
+        # By Poisson's sum, of which two terms are left; below the first fraction there is none.
         far = 1 + 2 * np.exp(-2 * (np.pi * width) ** 2) * np.cos(2 * np.pi * place)
+        far *= ndtr((place - 0.5) / width)
     shares = orders**-2.0 / np.sum(orders**-2.0)
-    return 0.5 + 0.5 * np.sum(shares * np.where(width < 0.4, near, far), axis=0)
+    return 0.5 * ndtr(pole / std_error) + 0.5 * np.sum(shares * np.where(width < 0.4, near, far), axis=0)
 
 
 def _powers(decay: float, t: Float[_Array, " rung"]) -> Float[_Array, " reading"]:
@@ -251,6 +256,7 @@ def _warnings(probability: float) -> tuple[str, ...]:
 
 _GAPS = (1 / 12, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 1.0)
 _LARGEST_ORDER = 12
+_TINY = 1e-300
 _OFFSET, _OFFSET_SPREAD, _NUM_OFFSETS = 4.5, 0.6, 81
 """The posterior leaves the base at the first rung, where log Z is still of order 1: f has its zero not far below it.
 
