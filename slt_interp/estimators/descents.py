@@ -12,7 +12,7 @@ from jaxtyping import Float
 
 from slt_interp.bases import Base, FloatGrid
 from slt_interp.estimators.llc import DO_NOT_TRUST, OK
-from slt_interp.estimators.volume_estimate import REFUSED, VolumeEstimate, counted_set, rounding_warnings
+from slt_interp.estimators.volume_estimate import REFUSED, VolumeEstimate, rounding_warnings, whole_set
 from slt_interp.estimators.walks import NUM_STEPS
 from slt_interp.tree import Params
 
@@ -89,7 +89,6 @@ def conclude(
             f"copies of a particle stay alike (their fractions vary {ratio:.1f} times as much as independent ones would): "
             "raise num_moves of subset_simulation"
         )
-    below = f"; losses up to {-lowest:.3g} below that of params were found" if lowest < -ROUNDING * abs(init_loss) else ""
     total = base.log_total(params) if isinstance(base, FloatGrid) else 0.0
     value, error = np.where(torn, np.nan, value), np.where(torn, np.nan, error)
     return VolumeEstimate(
@@ -97,7 +96,7 @@ def conclude(
         value + total,
         error,
         "subset simulation",
-        counted_set(base, params) + below,
+        whole_set(-lowest if lowest < -ROUNDING * abs(init_loss) else 0.0),
         status,
         tuple(warnings),
         {

@@ -24,7 +24,9 @@ from slt_interp.estimators.coefficient import (
     fit_coefficient,
 )
 from slt_interp.estimators.llc import DO_NOT_TRUST, OK, family_limit
+from slt_interp.estimators.phases import TwoPhases, find_two_phases
 from slt_interp.estimators.readings import LLCCurve, LogPartition, LogVolume, log_volume
+from slt_interp.estimators.reference import NO_DESCENT, Descent
 from slt_interp.estimators.reweighting import NUM_BLOCKS, Reweighting, block_rows, controlled, spread
 from slt_interp.estimators.rungs import MIN_EXCHANGE
 from slt_interp.estimators.volume_estimate import highest_losses
@@ -54,8 +56,8 @@ class Ladder:
         num_lost: chains that became non-finite and are left out.
         gradients_per_chain: all gradients that a chain took.
         labels: of the draws, if `temper` was given any.
-        nearby_loss: the loss that a descent from the weights reached, nats per example; infinite if there was none.
         step_bias: what discretization is predicted to add to the energy of each rung; None for Metropolis kernels: nothing.
+        descent: where a descent from the weights toward the mode of the coldest rung ended.
     """
 
     nbetas: Float[np.ndarray, " rung"]
@@ -75,7 +77,7 @@ class Ladder:
     gradients_per_chain: float
     labels: Int[np.ndarray, "rung chain draw"] | None = None
     step_bias: Float[np.ndarray, " rung"] | None = None
-    nearby_loss: float = np.inf
+    descent: Descent = NO_DESCENT
 
     def __str__(self) -> str:
         num_rungs, num_chains, num_draws = self.loss.shape
@@ -88,7 +90,7 @@ class Ladder:
     @cached_property
     def lowest_loss(self) -> float:
         """L*, which energies are counted from: `init_loss`, or if clearly lower the lowest of all draws and of a descent."""
-        lowest = min(float(self.loss.min()), self.nearby_loss)
+        lowest = min(float(self.loss.min()), self.descent.loss)
         return lowest if lowest < self.init_loss - _CLEARLY * self.rounding else self.init_loss
 
     @property
@@ -99,14 +101,19 @@ class Ladder:
     @cached_property
     def warnings(self) -> tuple[str, ...]:
         """Every reason for doubt, with the knob to turn."""
-        drop = self.init_loss - self.lowest_loss
-        if self.nbetas[-1] * drop <= _MAX_DROP:
-            return self.sampling_warnings
-        return (
-            *self.sampling_warnings,
-            f"a loss {drop:.2g} nats below that at the weights was found, {self.nbetas[-1] * drop:.2g} times 1 / nbeta at the "
-            "top: the weights are no minimum; polish them (energies are counted from the lowest loss seen)",
-        )
+        found, drop = list(self.sampling_warnings), self.init_loss - self.lowest_loss
+        if self.nbetas[-1] * drop > _MAX_DROP:
+            found.append(
+                f"a loss {drop:.2g} nats below that at the weights was found, {self.nbetas[-1] * drop:.2g} times 1 / nbeta at "
+                "the top: the weights are no minimum; polish them (energies are counted from the lowest loss seen)"
+            )
+        if self.descent.unfinished > _MAX_DROP:
+            found.append(
+                "a descent from the weights was still going down when its steps were used up, by "
+                f"{self.descent.unfinished:.2g} times 1 / nbeta at the top in the last quarter of them: energies are counted "
+                "from too high a loss; polish the weights, or lower max_nbeta"
+            )
+        return tuple(found)
 
     @cached_property
     def sampling_warnings(self) -> tuple[str, ...]:
@@ -121,10 +128,10 @@ class Ladder:
                 f"rungs at nbeta {self.nbetas[worst]:.3g} and {self.nbetas[worst + 1]:.3g} swap with probability "
                 f"{self.exchange[worst]:.2g} only, as at a first-order transition: narrow the base measure, or end below it"
             )
-        if self._torn_rung is not None and self._phase_changes < 1:
+        if self._phases is not None and self._phases.changes < 1:
             found.append(
-                f"there are two phases, between which a chain changed {self._phase_changes:.1g} times near nbeta "
-                f"{self.nbetas[self._torn_rung]:.3g}: take more draws, or narrow the base measure"
+                f"there are two phases, between which chains hardly change near nbeta {self.nbetas[self._phases.rung]:.3g}: "
+                "take more draws, or narrow the base measure"
             )
         gaps = self._family_gaps
         limits = np.clip(family_limit(len(self.is_from_base)) * gaps[1], *_GAPS)
@@ -139,13 +146,12 @@ class Ladder:
     @property
     def two_phases(self) -> str | None:
         """Where draws are of two phases, as at a first-order transition, in words; None if they are nowhere."""
-        if self._torn_rung is None:
+        if self._phases is None:
             return None
-        nbeta = self.nbetas[self._torn_rung]
-        energies = nbeta * self._losses[self._torn_rung]
         return (
-            f"two phases, as at a first-order transition, near nbeta {nbeta:.3g}: there nbeta L has a variance of "
-            f"{energies.var():.3g}, and the LLC is {energies.mean():.3g}"
+            f"two phases, as at a first-order transition, near nbeta {self.nbetas[self._phases.rung]:.3g}: there nbeta L has a "
+            f"variance of {self._phases.variance:.3g}, the LLC is {self._phases.llc:.3g}, and chains change phase "
+            f"{self._phases.changes:.2g} times each"
         )
 
     @cached_property
@@ -246,6 +252,8 @@ class Ladder:
         # The lowest loss is rounded, too; and laws are good to about a thousandth, of small readings to 1e-4 nats.
         rounding = self.rounding * np.concatenate([self.nbetas[picked], np.diff(self.nbetas[picked])])
         covariance += np.outer(gap, gap) / 4 + np.outer(bias, bias) + np.outer(rounding, rounding)
+        # Where rungs do not overlap increments are known between bounds.
+        covariance[len(picked) :, len(picked) :] += np.diag(np.diff(self._pooled.unknown[picked]) ** 2)
         found = fit_coefficient(
             np.log(self.nbetas[picked]),
             readings[: len(picked)],
@@ -266,7 +274,7 @@ class Ladder:
         """
         thresholds = self._checked(thresholds)
         masses, halves, saddle_points = [], [], []
-        for level in highest_losses(thresholds, self.init_loss):
+        for level in highest_losses(thresholds, self.init_loss, self.loss):
             below = self.loss <= level
             masses.append(self._log_mass(below))
             halves.append(self._half_gap(below))
@@ -292,7 +300,7 @@ class Ladder:
         """
         if self.labels is None:
             raise InputError("the draws have no labels: call temper(labels=...)")
-        levels = highest_losses(self._checked(thresholds), self.init_loss)
+        levels = highest_losses(self._checked(thresholds), self.init_loss, self.loss)
         is_refused, found = np.isnan(self.log_volume(thresholds).log_volume), {}
         for name in np.unique(self.labels):
             masses = np.array([self._log_mass((self.loss <= level) & (self.labels == name))[:2] for level in levels]).T
@@ -302,7 +310,8 @@ class Ladder:
 
     def reaches(self, threshold: float) -> bool:
         """Whether enough of the coldest rung's draws lie below a threshold, nats above the loss at the weights."""
-        return float(np.mean(self.loss[-1] <= highest_losses(np.array(threshold), self.init_loss))) >= _MIN_SHARE
+        coldest = self.loss[-1]
+        return float(np.mean(coldest <= highest_losses(np.array([threshold]), self.init_loss, coldest))) >= _MIN_SHARE
 
     def draws(self, rung: int) -> Params:
         """Take the weights at one rung, (chain, draw, ...), as probes want them.
@@ -325,24 +334,8 @@ class Ladder:
         return thresholds
 
     @cached_property
-    def _torn_rung(self) -> int | None:
-        """Find where nbeta L scatters most if not as in one phase, in which its variance is about the LLC."""
-        energies = self.nbetas[1:, None, None] * self._losses[1:]
-        # Where a loss is infinite, as it may be on minibatches, nothing is said.
-        with np.errstate(invalid="ignore"):
-            llc, variance = energies.mean(axis=(1, 2)), energies.var(axis=(1, 2))
-        is_wide = variance > _TWO_PHASES * (1 + np.maximum(llc, 0.0))
-        return 1 + int(np.where(is_wide, variance, 0.0).argmax()) if is_wide.any() else None
-
-    @property
-    def _phase_changes(self) -> float:
-        """Count how often losses of a chain go over the middle between low and high ones, where there are two phases.
-
-        Swaps count, too: many say little, but none says that chains are stuck.
-        """
-        losses = self._losses[self._torn_rung]
-        is_high = losses > np.mean(np.quantile(losses, [0.1, 0.9]))
-        return float(np.mean(np.sum(is_high[:, 1:] != is_high[:, :-1], axis=1)))
+    def _phases(self) -> TwoPhases | None:
+        return find_two_phases(self.nbetas, self._losses, self.replica)
 
     @property
     def _losses(self) -> Float[np.ndarray, "rung chain draw"]:
@@ -428,6 +421,3 @@ _GAPS = 0.1, 2.0
 """Nats of log Z by which the families may always differ, and by which they never may, however uncertain each is."""
 
 _MAX_DROP = 0.1
-
-_TWO_PHASES = 3.0
-"""A variance of nbeta L, in units of 1 + LLC: it is at most about 2 in a phase whose LLC falls as nbeta rises."""

@@ -106,21 +106,22 @@ def minibatch_ladder(
         ]
         starts = runs[0].state.params
         nbetas.append(nbeta)
-        is_finite &= np.concatenate([draws.is_finite for draws in runs])
+        found.append(jax.tree.map(lambda *x: np.concatenate(x), *(draws.collected for draws in runs)))
+        # From where the loss on all data is infinite no gradient leads back.
+        is_finite &= np.concatenate([draws.is_finite for draws in runs]) & np.isfinite(found[-1].loss).all(axis=1)
+        families = np.split(is_finite, 2)
+        for family, kept in zip(("draws of the base", "the weights"), families, strict=True):
+            if not kept.any():
+                raise InputError(
+                    f"all chains from {family} became non-finite up to nbeta {nbeta:.3g}: narrow the base measure, or take more"
+                )
         # The mean over chains is of those that are not lost.
         ends = jax.tree.map(lambda *x, kept=is_finite: jnp.concatenate(x)[kept], *(draws.state.params for draws in runs))
         bias = predicted_step_bias(bias_key, rung, step_size, ends, batches(batch_key))
         biases.append(bias + predicted_noise_bias(noise_key, rung, step_size, ends, batches))
         gradients += float(np.mean([draws.num_gradients.mean() for draws in runs]))
-        found.append(jax.tree.map(lambda *x: np.concatenate(x), *(draws.collected for draws in runs)))
-        for family, kept in zip(("draws of the base", "the weights"), np.split(is_finite, 2), strict=True):
-            if not kept.any():
-                raise InputError(
-                    f"all chains from {family} became non-finite up to nbeta {nbeta:.3g}: narrow the base measure, or take more"
-                )
-        losses = [draws.collected.loss[draws.is_finite] for draws in runs]
-        # Draws at which the loss is infinite say nothing of how far it scatters.
-        scatter = nbeta * np.sqrt(np.mean([np.var(x[np.isfinite(x)]) for x in losses]))
+        losses = np.split(found[-1].loss, 2)
+        scatter = nbeta * np.sqrt(np.mean([np.var(x[kept]) for x, kept in zip(losses, families, strict=True)]))
         nbeta = min(top, nbeta * float(np.exp(SCATTER / max(scatter, SCATTER / np.log(GROWTH)))))
     # A chain that was lost at one rung has no start at the next.
     readings = jax.tree.map(lambda *x: np.stack(x)[:, is_finite], *found)

@@ -25,7 +25,7 @@ from slt_interp.curvature.spectrum import dense_hessian
 from slt_interp.data import Batch
 from slt_interp.errors import InputError
 from slt_interp.estimators.llc import DO_NOT_TRUST, OK
-from slt_interp.estimators.volume_estimate import VolumeEstimate, check_thresholds, highest_losses, rounding_warnings
+from slt_interp.estimators.volume_estimate import VolumeEstimate, check_thresholds, rounding_warnings
 from slt_interp.posterior import LocalPosterior, LossFn, check_target
 from slt_interp.samplers.chains import choose_block_size
 from slt_interp.tree import Params, broadcast, check_key
@@ -95,7 +95,7 @@ def ray_volume(
         target,
         jnp.asarray(ways, flat.dtype),
         jnp.asarray(profile.end, flat.dtype),
-        jnp.asarray(highest_losses(thresholds, init_loss), jnp.result_type(float)),
+        jnp.asarray(init_loss + thresholds, jnp.result_type(float)),
         data,
         block_size=_block_size(target, params, data, num_rays),
     )

@@ -40,7 +40,7 @@ class Reweighting:
 
     def log_partition(self) -> tuple[Float[_Array, " rung"], Float[_Array, " rung"]]:
         """Estimate log Z of every rung, 0 at nbeta 0, and its standard error."""
-        return -self.free_energies, np.hypot(self._spread(self.influences(self._num_blocks)), self._unknown)
+        return -self.free_energies, np.hypot(self._spread(self.influences(self._num_blocks)), self.unknown)
 
     def log_mass(self, inside: Bool[_Array, "rung chain draw"]) -> float:
         """Estimate the log of the base measure's mass of a set of draws: -inf for a set without any."""
@@ -58,7 +58,7 @@ class Reweighting:
         share = selected.ravel() @ self._shares.T
         moved = selected.sum(axis=0, keepdims=True) - 1 / selected[0].size
         known = float(self._spread(block_sums(moved, self._num_blocks)[0] - self.influences(self._num_blocks) @ share))
-        return float(np.hypot(known, share @ self._unknown))
+        return float(np.hypot(known, share @ self.unknown))
 
     def moments(self, nbeta: float) -> tuple[float, float, float]:
         """Estimate log Z, mean and variance of the loss at any nbeta within the ladder."""
@@ -148,15 +148,15 @@ class Reweighting:
         return np.exp(self._log_terms(self.free_energies[1:], self.losses.ravel()) - self._log_denominator)
 
     @cached_property
-    def _unknown(self) -> Float[_Array, " rung"]:
+    def unknown(self) -> Float[_Array, " rung"]:
         """Bound what is not known of -log Z where neighbors do not overlap, and it is the integral of the mean loss.
 
         The mean falls with nbeta: an integral between two rungs lies between rectangles.
         """
-        overlap = np.sum(self._shares[:-1] * self._shares[1:], axis=1) / self.losses[0].size
-        with np.errstate(invalid="ignore"):
-            half = np.diff(self.nbetas) * -np.diff(self.losses.mean(axis=(1, 2))) / 2
-        return np.concatenate([[0.0], np.cumsum(np.where(overlap < _MIN_OVERLAP, np.abs(half), 0.0))])
+        common = np.sum(self._shares[:-1] * self._shares[1:], axis=1)
+        rectangles = np.diff(self.nbetas) * np.stack([x.mean(axis=(1, 2)) for x in (self.losses[:-1], self.losses[1:])])
+        farthest = np.abs(rectangles - np.diff(self.free_energies)).max(axis=0)
+        return np.concatenate([[0.0], np.cumsum(np.where(common < _FEWEST_COMMON, farthest, 0.0))])
 
     def influences(self, num_blocks: int) -> Float[_Array, "chain*block rung"]:
         """By how much the draws of each of `num_blocks` blocks of each chain move the free energies."""
@@ -185,8 +185,10 @@ def spread(influences: Float[_Array, "chain*block *event"], num_chains: int) -> 
 NUM_BLOCKS = 10
 """Blocks of a chain's draws, longer than chains remember, count as independent."""
 
-_MIN_OVERLAP = 1e-4
-"""Of draws that are as much another rung's: .1 or more of neighbors that swap; below this nothing ties them."""
+_FEWEST_COMMON = 3.0
+"""Draws that are as much one rung's as its neighbor's: the variance of the difference of their log Z is one over their number,
+but no formula holds for fewer than these, and for none at all MBAR leaves the integral as it was.
+"""
 
 _PIECE = 4096
 _RIDGE = 1e-9

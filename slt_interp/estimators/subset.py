@@ -175,7 +175,8 @@ def _descend(
     steps = jnp.full(num_seeds, _FIRST_STEP)
     families = np.tile(np.arange(num_particles), (num_seeds, 1))
     above, total = np.full(num_seeds, np.inf), np.zeros((3, num_seeds))
-    tops = highest_losses(thresholds, init_loss) - init_loss
+    # Low enough for any value that a threshold may mean; which particles are inside is decided where all are seen.
+    tops = thresholds + float(np.finfo(np.float32).eps) * np.abs(init_loss + thresholds)
     active, shares = np.ones(num_seeds, bool), []
     for depth in range(_MAX_LEVELS):
         # Levels are losses that occurred, compared in their own precision; only thresholds are relative to params.
@@ -188,7 +189,7 @@ def _descend(
         read = [(int(s), t) for s in np.flatnonzero(active) for t, e in enumerate(tops) if below[s] < e <= above[s]]
         names = _labels(shared[0], particles.position, labels=labels) if labels is not None and read else None
         for s, t in read:
-            inside = excess[s] <= tops[t]
+            inside = losses[s] <= highest_losses(thresholds[t : t + 1], init_loss, losses[s])
             if not inside.any():
                 continue
             p, variance, independent = _fraction(inside, families[s])

@@ -19,7 +19,7 @@ from slt_interp.errors import InputError
 from slt_interp.estimators.families import Families, joined
 from slt_interp.estimators.ladder import Ladder
 from slt_interp.estimators.minibatch_ladder import minibatch_ladder
-from slt_interp.estimators.reference import nearby_loss
+from slt_interp.estimators.reference import descend
 from slt_interp.estimators.rounding import loss_rounding
 from slt_interp.estimators.rungs import burnin_steps, place_rungs
 from slt_interp.estimators.volume_estimate import check_labels
@@ -141,21 +141,22 @@ def ladders(
     init_loss = float(mean_over_blocks(partial(target.loss, target.position(params)), data, block_size))
     if not np.isfinite(init_loss):
         raise InputError(f"the loss is not finite at params, but {init_loss}: check loss_fn there")
-    lowest = nearby_loss(target, params, data, block_size)
+    if block_size is not None and checkpoint is not None:
+        raise InputError(
+            f"a ladder on more than {MAX_FULL_BATCH:,} examples runs on minibatches, and keeps no checkpoint: leave it "
+            "out, or give fewer examples"
+        )
+    descent = descend(target, params, data, block_size)
+    shared = descent.num_gradients / num_chains
     place_key, run_key = jax.random.split(key)
     if block_size is not None:
-        if checkpoint is not None:
-            raise InputError(
-                f"a ladder on more than {MAX_FULL_BATCH:,} examples runs on minibatches, and keeps no checkpoint: leave it "
-                "out, or give fewer examples"
-            )
         settings = {"num_chains": num_chains, "keep_params": keep_params, "labels": labels, "progress": progress}
-        spent = 0.0
+        spent = shared
         while True:
             # Its rungs are found on the way: with more draws they are others, and all are run again.
             ladder = minibatch_ladder(run_key, target, params, data, init_loss, num_draws=num_draws, **settings)
             spent += ladder.gradients_per_chain
-            yield replace(ladder, gradients_per_chain=spent, nearby_loss=lowest)
+            yield replace(ladder, gradients_per_chain=spent, descent=descent)
             num_draws *= 2
     families = Families(params, data, num_chains // 2, progress)
     folder = None if checkpoint is None else Path(checkpoint)
@@ -175,7 +176,7 @@ def ladders(
             collect=collect,
             checkpoint=folder and folder / "run",
         )
-        yield replace(_ladder(kernel, runs, data, init_loss, spent), nearby_loss=lowest)
+        yield replace(_ladder(kernel, runs, data, init_loss, shared + spent), descent=descent)
         num_draws *= 2
 
 

@@ -36,8 +36,8 @@ from slt_interp.estimators.volume_estimate import (
     VolumeEstimate,
     check_labels,
     check_thresholds,
-    counted_set,
     rounding_warnings,
+    whole_set,
 )
 from slt_interp.posterior import LocalPosterior, LossFn, check_target
 from slt_interp.samplers.chains import chain_mesh, sample
@@ -84,8 +84,8 @@ def estimate_volume(
     >>> found.log_volume.round(3).tolist()  # log(1 - exp(-eps))
     [-6.908, -4.61]
     """
-    if method not in METHODS:
-        raise InputError(f"method must be {', '.join(map(repr, METHODS[:-1]))} or {METHODS[-1]!r}, but is {method!r}")
+    if method not in _METHODS:
+        raise InputError(f"method must be {', '.join(map(repr, _METHODS[:-1]))} or {_METHODS[-1]!r}, but is {method!r}")
     if method == "subset":
         return subset_simulation(key, loss_fn, params, data, thresholds, base=base, labels=labels, progress=progress)
     if isinstance(base, FloatGrid):
@@ -101,7 +101,7 @@ def estimate_volume(
     return gaussian_volume(key, loss_fn, params, data, thresholds, base=base)
 
 
-METHODS = ("tempering", "subset", "rays", "gaussian")
+_METHODS = ("tempering", "subset", "rays", "gaussian")
 
 
 def tempered_volume(
@@ -181,7 +181,7 @@ def tempered_volume(
         log_volume,
         std_error,
         "tempering",
-        counted_set(base, params),
+        whole_set(ladder.init_loss - ladder.lowest_loss),
         REFUSED if np.isnan(log_volume).any() else DO_NOT_TRUST if ladder.sampling_warnings else OK,
         (*reasons, *ladder.sampling_warnings, *rounding_warnings(thresholds, ladder.init_loss)),
         {

@@ -9,9 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from slt_interp.bases import Base, Box, FloatGrid
 from slt_interp.errors import InputError
-from slt_interp.tree import Params, broadcast
+from slt_interp.tree import Params
 
 REFUSED = "refused"
 
@@ -80,32 +79,34 @@ def check_thresholds(thresholds: Any) -> Float[np.ndarray, " threshold"]:
     return values
 
 
-def highest_losses(thresholds: Float[np.ndarray, " threshold"], init_loss: float) -> Float[np.ndarray, " threshold"]:
+def highest_losses(
+    thresholds: Float[np.ndarray, " threshold"], init_loss: float, losses: Float[np.ndarray, "..."]
+) -> Float[np.ndarray, " threshold"]:
     """Give the losses up to which weights count as within thresholds above `init_loss`.
 
-    Losses are float32: where they take few values, as error rates do, the one that is meant may lie a rounding above the sum.
+    Losses are float32. One that takes few values, as error rates do, may have the one that is meant a rounding above the sum:
+    it counts, where `losses` that were seen have no other value nearby.
 
-    >>> tenth = float(np.float32(0.1))
-    >>> tenth <= 0.1, bool(tenth <= highest_losses(np.array([0.1]), 0.0)[0])
+    >>> rates = np.array([0.0, 0.1, 0.2], np.float32)
+    >>> bool(rates[1] <= np.float64(0.1)), bool(rates[1] <= highest_losses(np.array([0.1]), 0.0, rates)[0])
     (False, True)
     """
     levels = init_loss + thresholds
-    return levels + float(np.finfo(np.float32).eps) * np.abs(levels)
+    for i, level in enumerate(levels):
+        near = losses[np.abs(losses - level) <= 2 * _EPS * abs(level)]
+        if near.size and near.min() == near.max():
+            levels[i] = max(level, near.flat[0])
+    return levels
 
 
-def counted_set(base: Base | FloatGrid, params: Params) -> str:
-    """Name the set whose mass is estimated: a base measure around the weights hardly sees copies of them by symmetries.
+def whole_set(drop: float) -> str:
+    """Name what is counted by methods that draw from all of the base measure, if they saw losses `drop` below params.
 
-    >>> from slt_interp.bases import Gaussian
-    >>> counted_set(Gaussian(jnp.ones(2), 0.1), jnp.ones(2))
-    'the sublevel set around params, where the base measure is centered; symmetric copies count by their mass there'
-    >>> counted_set(Gaussian(0.0, 1.0), jnp.ones(2))
-    'the whole sublevel set within the base measure, symmetric copies of params included'
+    >>> whole_set(0.0)
+    'the whole sublevel set, symmetric copies of params included, each by its mass under the base measure'
     """
-    centers = jax.tree.leaves(broadcast(getattr(base, "center", params), params))
-    if isinstance(base, Box) or not all(np.all(c == w) for c, w in zip(centers, jax.tree.leaves(params), strict=True)):
-        return "the whole sublevel set within the base measure, symmetric copies of params included"
-    return "the sublevel set around params, where the base measure is centered; symmetric copies count by their mass there"
+    below = f"; losses up to {drop:.3g} below that of params were found" if drop > 0 else ""
+    return f"the whole sublevel set, symmetric copies of params included, each by its mass under the base measure{below}"
 
 
 def check_labels(labels: Callable[[Params], Array], params: Params) -> None:
@@ -123,7 +124,7 @@ def check_labels(labels: Callable[[Params], Array], params: Params) -> None:
 
 def rounding_warnings(thresholds: Float[np.ndarray, " threshold"], init_loss: float) -> list[str]:
     """Say when the smallest threshold drowns in the rounding of the loss, which is computed in float32."""
-    rounding = float(np.finfo(np.float32).eps) * abs(init_loss)
+    rounding = _EPS * abs(init_loss)
     if thresholds[0] >= _ROUNDINGS * rounding:
         return []
     return [
@@ -132,4 +133,4 @@ def rounding_warnings(thresholds: Float[np.ndarray, " threshold"], init_loss: fl
     ]
 
 
-_ROUNDINGS = 32
+_EPS, _ROUNDINGS = float(np.finfo(np.float32).eps), 32

@@ -95,6 +95,16 @@ def test_draws_of_the_base_may_have_a_loss_that_is_not_finite(key, outside):
     np.testing.assert_array_less(np.abs(partition.log_z + 0.5 * np.log1p(partition.nbetas))[1:], 4 * partition.std_error[1:])
 
 
+def test_a_wall_that_all_chains_cross_is_an_error(key):
+    # At a standard deviation from the weights at the first rung.
+    def loss_fn(w, batch):
+        return jnp.where(jnp.abs(w[0]) > 0.2, jnp.inf, 0.5 * w[0] ** 2 * jnp.mean(batch))
+
+    settings = {"base": Gaussian(0.0, 1.0), "max_nbeta": 300.0, "num_chains": 4, "num_draws": 50, "progress": False}
+    with pytest.raises(InputError, match="became non-finite"):
+        temper(key, loss_fn, jnp.zeros(1), jnp.ones(9_000), **settings)
+
+
 def test_a_checkpoint_is_refused_in_one_sentence(problem, tmp_path):
     settings = {"base": Gaussian(problem.center, 1.0), "max_nbeta": 10.0, "checkpoint": tmp_path}
     with pytest.raises(InputError, match="runs on minibatches, and keeps no checkpoint"):

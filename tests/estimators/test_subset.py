@@ -10,6 +10,7 @@ from slt_interp.bases import Ball, Box, FloatGrid, Gaussian
 from slt_interp.errors import InputError
 from slt_interp.estimators import subset
 from slt_interp.estimators.subset import subset_simulation
+from slt_interp.estimators.volume_estimate import highest_losses
 from slt_interp.estimators.walks import Particle, Reflective
 from slt_interp.posterior import LocalPosterior
 from slt_interp.samplers.chains import chain_mesh
@@ -243,12 +244,19 @@ def test_an_error_rate_counts_at_a_threshold_that_is_one_of_its_values(size, thr
 
 def test_the_answer_names_the_set_and_counts_in_bits(key):
     def ask(base, center):
-        thresholds, settings = [1.0], {"num_particles": 20, "num_moves": 1, "max_rounds": 1, **QUIET}
-        return subset_simulation(key, half_square, center, None, thresholds, base=base, **settings)
+        settings = {"num_particles": 20, "num_moves": 1, "max_rounds": 1, **QUIET}
+        return subset_simulation(key, half_square, center, None, [1.0], base=base, **settings)
 
-    tethered, wide = ask(Gaussian(jnp.ones(2), 1.0), jnp.ones(2)), ask(Gaussian(0.0, 1.0), jnp.ones(2))
-    assert "where the base measure is centered" in tethered.counted
-    assert "symmetric copies of params included" in wide.counted
+    assert ask(Gaussian(0.0, 1.0), jnp.zeros(2)).counted.endswith("under the base measure")
+    assert "below that of params were found" in ask(Gaussian(0.0, 1.0), jnp.ones(2)).counted
     count = ask(FloatGrid("float16", 1.0), jnp.ones(2))
     assert f"{count.bits[0]:.4g} +-" in str(count)
     assert "in bits" in str(count)
+
+
+def test_losses_a_rounding_above_a_threshold_count_only_where_they_are_what_it_means():
+    near = np.float32(0.1)
+    # Of many values one rounding apart none is meant more than its neighbors.
+    dense = near + np.arange(-8, 9, dtype=np.float32) * np.spacing(near)
+    assert highest_losses(np.array([0.1]), 0.0, np.array([0.0, near, 0.2])) == near
+    np.testing.assert_array_equal(highest_losses(np.array([0.1, 0.2]), 0.0, dense), [0.1, 0.2])
