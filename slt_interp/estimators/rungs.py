@@ -1,12 +1,12 @@
-"""Where the rungs of a ladder belong, with which metric and step, and how two families of chains run on it.
+"""Where the rungs of a ladder belong, and with which metric and step chains move there.
 
 A pilot on rungs that triple nbeta learns each rung's metric and how widely nbeta L scatters there. The ladder proper has a rung
 wherever the scatter, integrated over log nbeta, has grown by a fixed amount: neighbors then swap equally often. The family from
 the base is annealed. Trial runs settle the steps, and put rungs between neighbors that hardly swap, or that lie in a
 first-order transition, where one family is in one phase and one in the other. All go on from where the last one ended.
 
-In many dimensions trajectories are longer: of 850 weights of a network chains forget where they were along a bent valley five
-times as fast, for the same gradients, with 32 leapfrog steps as with 8.
+In many dimensions trajectories are longer: along a bent valley of a network's weights chains are the faster for it to forget
+where they were, for the same gradients.
 """
 
 from collections.abc import Callable
@@ -38,13 +38,23 @@ MAX_WHITENED = 512
 MIN_EXCHANGE = 0.15
 """Neighbors that swap less often get a rung between them."""
 
-BURNIN, TRIAL, FEWEST = 16, 400, 2400
-"""Gradients at a rung: before the first draw, for each rung of the ladder; of a trial; of the fewest draws worth a ladder."""
+BURNIN = 16
+"""Gradients before the first draw at a rung, for each rung of the ladder."""
+
+TRIAL = 400
+"""Gradients of a trial at a rung."""
+
+FEWEST = 2400
+"""Gradients at a rung for the fewest draws that are worth a ladder."""
 
 
 def burnin_steps(kernel: ReplicaExchange) -> int:
     """Count steps before the first draw, so that a replica may have come from anywhere on the ladder."""
-    return max(1, BURNIN // kernel.kernel.num_leapfrog) * np.size(kernel.target.nbeta)
+    return np.size(kernel.target.nbeta) * _burnin(kernel.kernel.num_leapfrog)
+
+
+def _burnin(num_leapfrog: int) -> int:
+    return max(1, BURNIN // num_leapfrog)
 
 
 def place_rungs(
@@ -81,9 +91,10 @@ def place_rungs(
     trial = max(_LEAST_TRIAL, TRIAL // length)
     late = slice(trial // 2, None)
     # Of both families together: one of them is annealed.
-    each = ANNEALING / 2 + length * (_NUM_TRIALS * trial + max(1, BURNIN // length) * count) + FEWEST
+    each = ANNEALING / 2 + length * (_NUM_TRIALS * trial + _burnin(length) * count) + FEWEST
     if spent + count * each > max_gradients:
         return None, places, spent
+    most = min(MAX_RUNGS, (max_gradients - spent) / each)
     if count > MAX_RUNGS:
         rounding = float(loss_rounding(target, jax.tree.map(lambda x: x[:, -1], places[1].params), families.data))
         raise InputError(
@@ -108,7 +119,7 @@ def place_rungs(
         kernel = replace(kernel, kernel=replace(kernel.kernel, step_size=steps))
         exchange = joined(runs, lambda draws: draws.collected.exchange[:, late]).mean(axis=(0, 1))
         parts = _phase_parts([np.asarray(run.collected.loss)[run.is_finite][:, late] for run in runs], nbetas)
-        parts = np.where(exchange < MIN_EXCHANGE, np.maximum(parts, 2), parts)
+        parts = _limited(np.where(exchange < MIN_EXCHANGE, np.maximum(parts, 2), parts), most - len(nbetas))
         is_settled = np.all(parts == 1)
         if attempt and is_settled:
             break
@@ -131,7 +142,10 @@ _UNSETTLED = 20.0
 """Both families together scatter at most by this factor more (in squares) than the lesser one, or one has not settled."""
 
 _APART = 2.0
-"""Both families together scatter more than this many times as widely as the narrower, or two neighbors apart: two phases."""
+"""Families disagree where both together scatter more than this many times as widely as the narrower."""
+
+_TORN = 2.0
+"""Two phases coexist where the scatter of nbeta L, times a gap of log nbeta, is more than this: one phase has 1.4."""
 
 _ROOM = 12
 """So many rungs may be put into a transition at once, or a third of the ladder if that is more."""
@@ -283,21 +297,25 @@ def _spaced(reached: np.ndarray, nbetas: np.ndarray, count: int) -> Float[np.nda
 def _phase_parts(losses: list[Float[np.ndarray, "chain draw rung"]], nbetas: np.ndarray) -> Int[np.ndarray, " pair"]:
     """Tell into how many parts gaps are divided where two phases coexist: one where there is one phase.
 
-    Phases that differ by D in nbeta L swap places between neighbors with probability exp(-D) times the ratio of their nbetas
-    less 1; both together scatter by D / 2. A gap gets a part for each unit of scatter, where the pilot allowed 1.4 of what one
+    Phases that differ by D in nbeta L swap places between neighbors with probability exp(-D (ratio of their nbetas - 1)); both
+    together scatter by D / 2. A gap gets a part for each unit of scatter, where the pilot allowed 1.4 of what one
     phase scatters. Only above a rung at which the families agree is it a transition: below, one of them has not arrived.
     """
     energies = [nbetas * np.where(np.isfinite(x), x, 0.0).reshape(-1, len(nbetas)).astype(np.float64) for x in losses]
     together = np.concatenate(energies).std(axis=0)
     agrees = np.flatnonzero(together <= _APART * np.min([x.std(axis=0) for x in energies], axis=0))
     wide = np.maximum(together[1:-1], together[2:]) * np.diff(np.log(nbetas[1:]))
-    is_torn = (wide > _APART) & (np.arange(1, len(nbetas) - 1) < agrees.max(initial=0))
-    added = np.where(is_torn, np.ceil(wide) - 1, 0).astype(int)
-    # The widest first, as long as there is room.
-    order, room = np.argsort(-wide), max(_ROOM, len(nbetas) // 3)
+    is_torn = (wide > _TORN) & (np.arange(1, len(nbetas) - 1) < agrees.max(initial=0))
+    parts = np.concatenate([[1], np.where(is_torn, np.ceil(wide), 1).astype(int)])
+    return _limited(parts, max(_ROOM, len(nbetas) // 3))
+
+
+def _limited(parts: Int[np.ndarray, " pair"], room: float) -> Int[np.ndarray, " pair"]:
+    """Put no more rungs into gaps than there is room for, into the widest first."""
+    order, added = np.argsort(-parts, kind="stable"), parts - 1
     before = np.cumsum(added[order]) - added[order]
-    added[order] = np.clip(room - before, 0, added[order])
-    return np.concatenate([[1], 1 + added])
+    added[order] = np.clip(int(room) - before, 0, added[order])
+    return 1 + added
 
 
 def _divided(nbetas: np.ndarray, parts: Int[np.ndarray, " pair"]) -> Float[np.ndarray, " rung"]:

@@ -163,7 +163,9 @@ def test_the_density_of_poles_is_one_in_the_mean_and_high_at_fractions_of_small_
         assert _density_of_poles(places, std_error).mean() == pytest.approx(1, abs=1e-9)
 
 
-@pytest.mark.parametrize(("place", "std_error"), [(0.3, 0.02), (0.5, 0.005), (0.01, 0.02), (0.04, 0.1), (-0.1, 0.03), (2.0, 0.3)])
+@pytest.mark.parametrize(
+    ("place", "std_error"), [(0.3, 0.02), (0.5, 0.005), (0.01, 0.02), (0.04, 0.1), (-0.1, 0.03), (2.0, 0.3)]
+)
 def test_the_density_of_poles_is_the_sum_over_all_fractions(place, std_error):
     def normal(x):
         return np.exp(-0.5 * ((place - x) / std_error) ** 2) / (std_error * np.sqrt(2 * np.pi))

@@ -201,13 +201,20 @@ def test_a_gap_in_which_two_phases_coexist_is_divided_by_what_they_scatter_toget
     parts = rungs._phase_parts(families, nbetas)
     np.testing.assert_array_equal(parts[[19, 20]], 6)
     np.testing.assert_array_equal(np.delete(parts, [19, 20]), 1)
-    # Of a ladder of 36 rungs there is room for 12; the wider gap, here by a third draw of all, is divided first.
+    # Of a ladder of 36 rungs there is room for 12, and here 32 would be put in.
     families[0][:, :, 20] += 120 / nbetas[20]
     crowded = rungs._phase_parts(families, nbetas)
     assert crowded.sum() == len(crowded) + 12
     # A family that has not arrived at any colder rung is no phase.
     families[0][:, :, 20:] += 60 / nbetas[20:]
     np.testing.assert_array_equal(rungs._phase_parts(families, nbetas), 1)
+
+
+def test_the_widest_gaps_are_divided_first_where_there_is_little_room():
+    parts = np.array([1, 2, 5, 1, 4])
+    np.testing.assert_array_equal(rungs._limited(parts, 8), parts)
+    np.testing.assert_array_equal(rungs._limited(parts, 5.5), [1, 1, 5, 1, 2])
+    np.testing.assert_array_equal(rungs._limited(parts, -3), 1)
 
 
 def test_gaps_are_divided_at_equal_ratios():
