@@ -109,10 +109,10 @@ def fit_coefficient(
     4.5 below log nbeta of the first rung, within a factor of 2; a correction has an amplitude of about half the largest energy,
     or none. A law may begin to hold at any rung: each reading left out costs a factor of e, as in Akaike's criterion.
 
-    The coefficient is positive, and as probably as not a fraction (h + 1) / (2k) with k up to 12: a k is as probable as 1 / k^2,
-    and all h are as probable as one another, so that a fraction weighs the sum of 1 / k^3 over the k that it has. This weighs
-    laws against one another, and says nothing where errors are above 1/2; the coefficient of a law and its error are as the
-    readings have them.
+    The coefficient is positive, and as probably as not a fraction (h + 1) / (2k) with k up to 12: a k has a probability in
+    proportion to 1 / k^2, and all h are as probable as one another, so that a fraction weighs the sum of 1 / k^3 over the k
+    that it has. This weighs laws against one another, and says nothing where errors are above 1/2; the coefficient of a law and
+    its error are as the readings have them.
 
     Args:
         log_nbetas: increasing, at least `MIN_RUNGS`, the first where the posterior leaves the base measure.

@@ -25,7 +25,7 @@ from slt_interp.estimators.coefficient import (
 )
 from slt_interp.estimators.llc import DO_NOT_TRUST, OK, family_limit
 from slt_interp.estimators.phases import TwoPhases, find_two_phases
-from slt_interp.estimators.readings import LLCCurve, LogPartition, LogVolume, log_volume
+from slt_interp.estimators.readings import LLCCurve, LogPartition, LogVolume, refuse_doubtful
 from slt_interp.estimators.reference import NO_DESCENT, Descent
 from slt_interp.estimators.reweighting import NUM_BLOCKS, Reweighting, block_rows, controlled, spread
 from slt_interp.estimators.rungs import MIN_EXCHANGE
@@ -264,7 +264,7 @@ class Ladder:
         return replace(found, warnings=(*found.warnings, *notes))
 
     def log_volume(self, thresholds: Sequence[float] | Float[np.ndarray, " threshold"]) -> LogVolume:
-        """Estimate the log of the base's mass of {L <= L(w*) + threshold}; see `readings.log_volume` for what is refused.
+        """Estimate the log of the base's mass of {L <= L(w*) + threshold}; see `readings.refuse_doubtful` for what is refused.
 
         Args:
             thresholds: nats per example above the loss at the weights, positive and increasing.
@@ -280,8 +280,15 @@ class Ladder:
             halves.append(self._half_gap(below))
             saddle_points.append(self._pooled.saddle_point(level - self.lowest_loss))
         values, std_error, family_gap = np.array(masses).T
-        smallest = float(self.exchange.min())
-        return log_volume(thresholds, values, std_error, family_gap, np.array(halves), np.array(saddle_points), smallest)
+        return refuse_doubtful(
+            thresholds,
+            values,
+            std_error,
+            family_gap=family_gap,
+            half_gap=np.array(halves),
+            saddle_point=np.array(saddle_points),
+            smallest_exchange=float(self.exchange.min()),
+        )
 
     def log_volume_by_label(
         self, thresholds: Sequence[float] | Float[np.ndarray, " threshold"]

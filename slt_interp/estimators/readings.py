@@ -56,10 +56,11 @@ class LogVolume:
     warnings: tuple[str, ...]
 
 
-def log_volume(
+def refuse_doubtful(
     thresholds: Float[np.ndarray, " threshold"],
     values: Float[np.ndarray, " threshold"],
     std_error: Float[np.ndarray, " threshold"],
+    *,
     family_gap: Float[np.ndarray, " threshold"],
     half_gap: Float[np.ndarray, " threshold"],
     saddle_point: Float[np.ndarray, " threshold"],

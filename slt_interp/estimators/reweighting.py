@@ -40,7 +40,7 @@ class Reweighting:
 
     def log_partition(self) -> tuple[Float[_Array, " rung"], Float[_Array, " rung"]]:
         """Estimate log Z of every rung, 0 at nbeta 0, and its standard error."""
-        return -self.free_energies, np.hypot(self._spread(self.influences(self._num_blocks)), self.unknown)
+        return -self.free_energies, np.hypot(self._spread(self._influences), self.unknown)
 
     def log_mass(self, inside: Bool[_Array, "rung chain draw"]) -> float:
         """Estimate the log of the base measure's mass of a set of draws: -inf for a set without any."""
@@ -57,7 +57,7 @@ class Reweighting:
         # Weights fall with the partition functions: d log w_n / d f_r = -(share of rung r in draw n).
         share = selected.ravel() @ self._shares.T
         moved = selected.sum(axis=0, keepdims=True) - 1 / selected[0].size
-        known = float(self._spread(block_sums(moved, self._num_blocks)[0] - self.influences(self._num_blocks) @ share))
+        known = float(self._spread(block_sums(moved, self._num_blocks)[0] - self._influences @ share))
         return float(np.hypot(known, share @ self.unknown))
 
     def moments(self, nbeta: float) -> tuple[float, float, float]:
@@ -74,7 +74,8 @@ class Reweighting:
     def saddle_point(self, threshold: float) -> float:
         """Estimate the log mass of {L <= threshold} from energies alone, by inverting Z(s) / s at its saddle point.
 
-        log V = log Z + N eps - log N - log(2 pi (Var + 1 / N^2)) / 2 at the N where E[L] + 1 / N = eps; NaN if there is none.
+        log V = log Z + N eps - log N - log(2 pi (Var + 1 / N^2)) / 2 at the N where E[L] + 1 / N = eps. Far above all losses
+        that are finite it is their mass; it is NaN where the N is beyond the ladder.
         """
         from scipy.optimize import brentq
 
@@ -83,7 +84,9 @@ class Reweighting:
             return self.moments(nbeta)[1] + 1 / nbeta - threshold
 
         low, high = np.log(self.nbetas[1] / 1e3), np.log(self.nbetas[-1])
-        if slope(low) < 0 or slope(high) > 0:
+        if slope(low) < 0:
+            return self.moments(float(np.exp(low)))[0]
+        if slope(high) > 0:
             return np.nan
         nbeta = float(np.exp(np.asarray(brentq(slope, low, high, xtol=1e-3))))
         log_z, _, variance = self.moments(nbeta)
@@ -165,6 +168,10 @@ class Reweighting:
         curvature = np.diag(shares.sum(axis=1)) - shares @ shares.T
         moved = np.linalg.lstsq(curvature[1:, 1:], -excess[:, 1:].T, rcond=None)[0].T
         return np.concatenate([np.zeros((len(moved), 1)), moved], axis=1)
+
+    @cached_property
+    def _influences(self) -> Float[_Array, "chain*block rung"]:
+        return self.influences(self._num_blocks)
 
     @property
     def _num_blocks(self) -> int:

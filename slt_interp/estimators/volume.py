@@ -124,7 +124,7 @@ def tempered_volume(
     The first `num_draws` steps are doubled, in `max_rounds` at most, until the standard error of every threshold is at most
     `precision` nats, or a tenth of that times |log V| where that is larger (an error that is looked at until it is small is a
     little too small); other arguments are those of `estimate_volume`.
-    What a ladder refuses is given no number: see `readings.log_volume`.
+    What a ladder refuses is given no number: see `readings.refuse_doubtful`.
     """
     check_key(key)
     thresholds = check_thresholds(thresholds)
@@ -149,12 +149,10 @@ def tempered_volume(
         labels=labels,
         progress=progress,
     )
-    ladder = next(growing)
-    for _ in range(max_rounds - 1):
-        if _is_enough(ladder, _read(ladder, thresholds), precision):
+    for num_rounds, ladder in enumerate(growing, start=1):
+        reading = _read(ladder, thresholds)
+        if num_rounds == max_rounds or _is_enough(ladder, reading, precision):
             break
-        ladder = next(growing)
-    reading = _read(ladder, thresholds)
     if reading is None:
         raise InputError(
             f"draws at nbeta {max_nbeta:.3g} hardly reach the largest threshold, {thresholds[-1]:.3g}, above the loss at "
@@ -214,8 +212,8 @@ def _is_enough(ladder: Ladder, reading: _Reading | None, precision: float) -> bo
         return True
     found = reading.found
     limit = precision * np.maximum(1.0, np.abs(found.log_volume) / 10)
-    # The error covers the difference between the families. Where there is no saddle point there will be none.
-    return bool(np.all((found.std_error <= limit) | np.isnan(found.saddle_point)))
+    # The error covers the difference between the families. What is refused for want of a saddle point will be refused again.
+    return bool(np.all((found.std_error <= limit) | (np.isnan(found.log_volume) & np.isnan(found.saddle_point))))
 
 
 def _coldest(key: Key[Array, ""], target: LocalPosterior, params: Params, data: Batch, progress: bool) -> tuple[float, float]:

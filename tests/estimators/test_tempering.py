@@ -331,10 +331,18 @@ def test_a_ladder_refuses_what_its_families_do_not_agree_on():
     assert not _synthetic().log_volume([0.05, 5.0]).warnings
 
 
-def test_a_volume_near_one_needs_no_saddle_point():
-    found = _synthetic().log_volume([2000.0])
-    assert np.isnan(found.saddle_point[0])
+def test_a_threshold_above_all_finite_losses_gives_their_mass():
+    ladder = _synthetic()
+    found = ladder.log_volume([2000.0])
+    # At a thousandth of the first rung, nbeta 1, energies are 2e-3 under that base.
+    assert found.saddle_point[0] == pytest.approx(0, abs=3e-3)
     assert found.log_volume[0] == pytest.approx(0, abs=1e-5)
+    # Of a base with an infinite loss at three quarters of its mass a quarter is left, below a third: compared and not refused.
+    loss = ladder.loss.copy()
+    loss[0][:, np.arange(200) % 4 > 0] = np.inf
+    quarter = dataclasses.replace(ladder, loss=loss).log_volume([2000.0])
+    assert quarter.log_volume[0] == pytest.approx(np.log(0.25), abs=4 * quarter.std_error[0])
+    assert not quarter.warnings
 
 
 def test_energies_are_counted_from_the_lowest_loss_and_thresholds_from_the_weights():
