@@ -54,7 +54,8 @@ class Config:
     num_chains: int = 4
     num_draws: tuple[int, ...] = (120, 800, 50)
     """Of tempering, under each base."""
-    num_particles: int = 25
+    num_particles: tuple[int, ...] = (25, 400, 25)
+    """Of a seed of subset simulation, under each base: with too few the volume reads too small."""
     num_descents: int = 4
     """Independent seeds within a call of subset simulation, of one round."""
     num_examples: int = 4096
@@ -72,7 +73,7 @@ SMOKE = Config(
     methods=("subset", "gaussian"),
     thresholds=(0.3, 1.0),
     num_draws=(200,),
-    num_particles=20,
+    num_particles=(20,),
     num_examples=256,
     train_steps=500,
     train_batch=256,
@@ -81,11 +82,12 @@ SMOKE = Config(
 
 def main(config: Config, out: Path) -> RunDirectory:
     """Measure what is not finished yet, and write rows."""
-    if len(config.num_draws) != len(config.bases):
-        raise InputError(
-            f"num_draws must have one number for each of the {len(config.bases)} bases, but has {len(config.num_draws)}:"
-            " give as many, as in --bases 0.1 0.3 --num-draws 200 1600"
-        )
+    for name, numbers in (("num_draws", config.num_draws), ("num_particles", config.num_particles)):
+        if len(numbers) != len(config.bases):
+            raise InputError(
+                f"{name} must have one number for each of the {len(config.bases)} bases, but has {len(numbers)}: give as many,"
+                " as in --bases 0.1 0.3 --num-draws 200 1600 --num-particles 25 100"
+            )
     run = open_run(out, {"benchmark": "network_volume", "settings": dataclasses.asdict(config)})
     trained, arrays = run.stage("training", partial(_train, config))
     rows: list[dict[str, Any]] = []
@@ -170,12 +172,14 @@ def _base(name: str, params: Params) -> Gaussian:
 
 
 def _ask(config: Config, params: Params, base: str, method: str, seed: int, thresholds: np.ndarray) -> VolumeEstimate:
-    num_draws = dict(zip(config.bases, config.num_draws, strict=True))[base]
+    place = config.bases.index(base)
     ask = {
-        "tempering": partial(tempered_volume, num_chains=config.num_chains, num_draws=num_draws, max_rounds=1, progress=False),
+        "tempering": partial(
+            tempered_volume, num_chains=config.num_chains, num_draws=config.num_draws[place], max_rounds=1, progress=False
+        ),
         "subset": partial(
             subset_simulation,
-            num_particles=config.num_particles,
+            num_particles=config.num_particles[place],
             num_seeds=config.num_descents,
             max_rounds=1,
             progress=False,

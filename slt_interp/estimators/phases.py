@@ -40,8 +40,11 @@ def find_two_phases(
     is_wide = variance > _WIDE * (1 + np.maximum(llc, 0.0))
     for i in np.argsort(np.where(is_wide, -variance, 0.0))[: is_wide.sum()]:
         edge, distance = two_groups(energies[i])
-        if distance > _DISTINCT:
-            changes = _changes(energies[i] > edge, None if replica is None else replica[i + 1])
+        is_high = energies[i] > edge
+        # A few draws of one chain are no phase.
+        in_chains = [int(x.any(axis=1).sum()) for x in (is_high, ~is_high)]
+        if distance > _DISTINCT and min(in_chains) > 1:
+            changes = _changes(is_high, None if replica is None else replica[i + 1])
             return TwoPhases(int(i) + 1, float(llc[i]), float(variance[i]), changes)
     return None
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from slt_interp.bases import Ball, Box
 from slt_interp.data import Batch, mean_over_blocks
 from slt_interp.posterior import LocalPosterior
-from slt_interp.tree import Params, broadcast
+from slt_interp.tree import Params, broadcast, dot
 
 
 class Descent(NamedTuple):
@@ -23,7 +23,8 @@ class Descent(NamedTuple):
 
     Attributes:
         loss: nats per example; infinite if there was no descent.
-        unfinished: by how much nbeta L still fell in the last quarter of its steps, nats; 0 if it ended by itself.
+        unfinished: by how much nbeta L still fell in the last quarter of its steps, nats, where all were used up; 0 where its
+            line search found nothing lower before.
         num_gradients: that it took.
     """
 
@@ -52,7 +53,6 @@ def descend(target: LocalPosterior, params: Params, data: Batch, block_size: int
     start, unravel = ravel_pytree(place)
     bounds = None
     if isinstance(base, Box):
-        # As floats of the weights: a wall that were rounded outward would be outside.
         low, high = (ravel_pytree(_filled(wall, position))[0] for wall in (base.low, base.high))
         bounds = np.stack([low, high], axis=1).astype(np.float64)
     nbeta = float(np.asarray(target.nbeta))
@@ -84,8 +84,8 @@ def descend(target: LocalPosterior, params: Params, data: Batch, block_size: int
 
 
 _MAX_STEPS = 200
-_INSIDE = 1 - 1e-6
-"""Of a ball's radius: what rounding leaves inside."""
+_INSIDE, _NEAREST = 1 - 1e-6, 0.99
+"""Of a ball's radius: what rounding leaves inside, and the nearest to the wall at which a descent begins."""
 
 
 @partial(jax.jit, static_argnames="block_size")
@@ -102,17 +102,20 @@ def _evaluate(
 
 
 def _to_ball(ball: Ball, place: Params) -> Params:
-    """Map all of space into a ball, so that a descent needs no wall."""
+    """Wrap all of space into a ball, so that a descent needs no wall: its distances are the sines of those outside."""
     center, radius = _filled(ball.center, place), _filled(ball.radius, place)
-    size = _INSIDE / jnp.sqrt(1 + sum(jnp.sum(x**2) for x in jax.tree.leaves(place)))
+    # The derivative of a root at 0 is infinite.
+    distance = jnp.sqrt(dot(place, place) + 1e-30)
+    size = _INSIDE * jnp.sin(distance) / distance
     return jax.tree.map(lambda x, c, r: c + r * size * x, place, center, radius)
 
 
 def _to_space(ball: Ball, params: Params) -> Params:
     center, radius = _filled(ball.center, params), _filled(ball.radius, params)
-    place = jax.tree.map(lambda w, c, r: (w - c) / (_INSIDE * r), params, center, radius)
-    height = sum(jnp.sum(x**2) for x in jax.tree.leaves(place))
-    return jax.tree.map(lambda x: x / jnp.sqrt(jnp.maximum(1 - height, 1e-6)), place)
+    place = jax.tree.map(lambda w, c, r: (w - c) / r, params, center, radius)
+    height = jnp.sqrt(dot(place, place) + 1e-30)
+    # On the wall itself no direction leads inward.
+    return jax.tree.map(lambda x: x * jnp.arcsin(jnp.minimum(height, _NEAREST)) / height, place)
 
 
 def _filled(values: Params, like: Params) -> Params:

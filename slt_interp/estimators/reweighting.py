@@ -154,12 +154,14 @@ class Reweighting:
     def unknown(self) -> Float[_Array, " rung"]:
         """Bound what is not known of -log Z where neighbors do not overlap, and it is the integral of the mean loss.
 
-        The mean falls with nbeta: an integral between two rungs lies between rectangles.
+        The mean falls with nbeta: an integral between two rungs lies between rectangles. From a base with infinite losses it is
+        no integral, and the first rung is placed where it overlaps.
         """
         common = np.sum(self._shares[:-1] * self._shares[1:], axis=1)
         rectangles = np.diff(self.nbetas) * np.stack([x.mean(axis=(1, 2)) for x in (self.losses[:-1], self.losses[1:])])
         farthest = np.abs(rectangles - np.diff(self.free_energies)).max(axis=0)
-        return np.concatenate([[0.0], np.cumsum(np.where(common < _FEWEST_COMMON, farthest, 0.0))])
+        is_unknown = (common < _FEWEST_COMMON) & np.isfinite(farthest)
+        return np.concatenate([[0.0], np.cumsum(np.where(is_unknown, farthest, 0.0))])
 
     def influences(self, num_blocks: int) -> Float[_Array, "chain*block rung"]:
         """By how much the draws of each of `num_blocks` blocks of each chain move the free energies."""
@@ -193,8 +195,8 @@ NUM_BLOCKS = 10
 """Blocks of a chain's draws, longer than chains remember, count as independent."""
 
 _FEWEST_COMMON = 3.0
-"""Draws that are as much one rung's as its neighbor's: the variance of the difference of their log Z is one over their number,
-but no formula holds for fewer than these, and for none at all MBAR leaves the integral as it was.
+"""Sum over draws of the product of two neighbors' shares: about one over the variance of the difference of their log Z, but no
+formula holds where it is smaller than this, and where it is 0 MBAR leaves the integral as it was.
 """
 
 _PIECE = 4096

@@ -27,7 +27,7 @@ from slt_interp.bases import Base, FloatGrid
 from slt_interp.data import Batch
 from slt_interp.errors import InputError
 from slt_interp.estimators.descents import ROUNDING, Descents, combine, conclude
-from slt_interp.estimators.volume_estimate import VolumeEstimate, check_labels, check_thresholds, highest_losses
+from slt_interp.estimators.volume_estimate import VolumeEstimate, check_labels, check_thresholds, highest_losses, same_loss
 from slt_interp.estimators.walks import GridWalk, Particle, Reflective
 from slt_interp.posterior import LocalPosterior, LossFn, check_target
 from slt_interp.samplers.chains import chain_mesh, choose_block_size
@@ -175,8 +175,8 @@ def _descend(
     steps = jnp.full(num_seeds, _FIRST_STEP)
     families = np.tile(np.arange(num_particles), (num_seeds, 1))
     above, total = np.full(num_seeds, np.inf), np.zeros((3, num_seeds))
-    # Low enough for any value that a threshold may mean; which particles are inside is decided where all are seen.
-    tops = thresholds + float(np.finfo(np.float32).eps) * np.abs(init_loss + thresholds)
+    # High enough for any value that a threshold may mean; which particles are inside is decided where all are seen.
+    tops = thresholds + same_loss(init_loss + thresholds)
     active, shares = np.ones(num_seeds, bool), []
     for depth in range(_MAX_LEVELS):
         # Levels are losses that occurred, compared in their own precision; only thresholds are relative to params.

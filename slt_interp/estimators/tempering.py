@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Int, Key
 
 from slt_interp.bases import BASES, Base, FloatGrid
-from slt_interp.data import MAX_FULL_BATCH, Batch, is_large, mean_over_blocks
+from slt_interp.data import BATCH_SIZE, MAX_FULL_BATCH, Batch, is_large, mean_over_blocks, num_examples
 from slt_interp.errors import InputError
 from slt_interp.estimators.families import Families, joined
 from slt_interp.estimators.ladder import Ladder
@@ -147,7 +147,8 @@ def ladders(
             "out, or give fewer examples"
         )
     descent = descend(target, params, data, block_size)
-    shared = descent.num_gradients / num_chains
+    # Of all data, where a step on minibatches takes one of a batch.
+    shared = descent.num_gradients / num_chains * (1 if block_size is None else num_examples(data) / BATCH_SIZE)
     place_key, run_key = jax.random.split(key)
     if block_size is not None:
         settings = {"num_chains": num_chains, "keep_params": keep_params, "labels": labels, "progress": progress}

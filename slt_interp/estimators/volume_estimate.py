@@ -84,19 +84,25 @@ def highest_losses(
 ) -> Float[np.ndarray, " threshold"]:
     """Give the losses up to which weights count as within thresholds above `init_loss`.
 
-    Losses are float32. One that takes few values, as error rates do, may have the one that is meant a rounding above the sum:
-    it counts, where `losses` that were seen have no other value nearby.
+    Losses are float32. One that takes few values, as error rates do, may have the one that is meant some roundings above the
+    sum: it counts, where `losses` that were seen have nothing else nearby.
 
     >>> rates = np.array([0.0, 0.1, 0.2], np.float32)
     >>> bool(rates[1] <= np.float64(0.1)), bool(rates[1] <= highest_losses(np.array([0.1]), 0.0, rates)[0])
     (False, True)
     """
     levels = init_loss + thresholds
-    for i, level in enumerate(levels):
-        near = losses[np.abs(losses - level) <= 2 * _EPS * abs(level)]
-        if near.size and near.min() == near.max():
-            levels[i] = max(level, near.flat[0])
+    for i, (level, same) in enumerate(zip(levels, same_loss(levels), strict=True)):
+        off = np.abs(losses - level)
+        near = losses[off <= _ROUNDINGS / _SAME * same]
+        if near.size and off.min() <= same and np.ptp(near) <= same:
+            levels[i] = max(level, near.max())
     return levels
+
+
+def same_loss(levels: Float[np.ndarray, " threshold"]) -> Float[np.ndarray, " threshold"]:
+    """Tell how far from one another losses may be that differ by rounding of their sums alone."""
+    return _SAME * _EPS * np.abs(levels)
 
 
 def whole_set(drop: float) -> str:
@@ -133,4 +139,4 @@ def rounding_warnings(thresholds: Float[np.ndarray, " threshold"], init_loss: fl
     ]
 
 
-_EPS, _ROUNDINGS = float(np.finfo(np.float32).eps), 32
+_EPS, _SAME, _ROUNDINGS = float(np.finfo(np.float32).eps), 4, 32

@@ -46,6 +46,14 @@ def test_long_tails_are_no_second_phase():
     assert find_two_phases(NBETAS, _losses(np.random.default_rng(1).permutation(wide)), None) is None
 
 
+def test_a_few_draws_of_one_chain_are_no_phase():
+    far = np.full(4000, 5.0)
+    far[:10] = 1e3
+    assert find_two_phases(NBETAS, _losses(far), None) is None
+    far[1000] = 1e3
+    assert find_two_phases(NBETAS, _losses(far), None) is not None
+
+
 def test_chains_change_phase_where_the_same_replica_comes_back_in_the_other():
     # Draws alternate between phases at 10 and 60, and so do two replicas, each of which stays in its own.
     losses = _losses(np.array([10.0, 60.0]) + np.zeros((2000, 2)))

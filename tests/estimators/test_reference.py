@@ -49,8 +49,12 @@ def test_a_ball_holds_the_descent_at_its_wall():
     assert lowest <= _found(Ball(0.0, radius)).loss == pytest.approx(lowest, rel=1e-4)
 
 
-def test_a_ball_around_the_minimum_does_not_matter():
-    assert _found(Ball(0.0, 10.0)).loss == pytest.approx(3.0, abs=1e-6)
+@pytest.mark.parametrize("height", [0.0, 0.5, 0.99, 1.0])
+@pytest.mark.parametrize("size", [1, 3, 300])
+def test_a_minimum_within_a_ball_is_found_from_the_wall_too(height, size):
+    params = jnp.full(size, height * 10.0 * (1 - 1e-6) * size**-0.5)
+    target = LocalPosterior(lambda w, batch: jnp.sum((w - 0.1) ** 2), jnp.zeros(size), NBETA, Ball(0.0, 10.0))
+    assert descend(target, params, None).loss == pytest.approx(0.0, abs=1e-6)
 
 
 def test_a_loss_without_a_minimum_is_read_where_the_base_measure_has_its_mode():

@@ -128,10 +128,23 @@ def test_rungs_that_do_not_overlap_have_the_error_of_their_integral():
 @pytest.mark.parametrize("ratio", [4.0, 8.0, 16.0, 32.0])
 def test_errors_cover_from_rungs_that_overlap_to_rungs_that_do_not(ratio):
     nbetas, shape = np.concatenate([[0.0], ratio ** np.arange(4)]), 10.0
+    # From 8 on, neighbors have less than one draw in common, and what is known lies between rectangles.
+    heights = np.sum(np.diff(nbetas) * -np.diff(shape / (1 + nbetas)))
     scores = []
     for seed in range(50):
         losses = np.random.default_rng(seed).gamma(shape, 1 / (1 + nbetas)[:, None, None], (5, 8, 50))
         log_z, error = Reweighting(nbetas, losses).log_partition()
         scores.append((log_z[-1] + shape * np.log1p(nbetas[-1])) / error[-1])
-    # As for errors of 80 blocks: a bound may be wider than what it bounds, but not by much here.
+        assert error[-1] < (1.0 if ratio == 4 else 1.1 * heights)
     assert np.mean(np.square(scores)) < 1.03 + 4 * np.sqrt(2 / 50)
+
+
+def test_few_finite_losses_of_the_base_are_a_statistical_error_and_no_bound():
+    scores = []
+    for seed in range(50):
+        losses = np.random.default_rng(seed).gamma(SHAPE, 1 / (1 + NBETAS)[:, None, None], (len(NBETAS), 4, 20))
+        losses[0, :, 2:] = np.inf
+        log_z, error = Reweighting(NBETAS, losses).log_partition()
+        scores.append((log_z[-1] + SHAPE * np.log1p(NBETAS[-1]) + np.log(10)) / error[-1])
+    # As above; 8 draws are enough for an error to a quarter, by which squares of scores are larger on average.
+    assert 1 / 9 < np.mean(np.square(scores)) < (1 + 1 / 4) * (1.03 + 4 * np.sqrt(2 / 50))

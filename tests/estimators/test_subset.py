@@ -255,8 +255,10 @@ def test_the_answer_names_the_set_and_counts_in_bits(key):
 
 
 def test_losses_a_rounding_above_a_threshold_count_only_where_they_are_what_it_means():
-    near = np.float32(0.1)
+    near, few = np.float32(0.1), np.arange(-1, 2, dtype=np.float32) * np.spacing(np.float32(0.1))
+    assert highest_losses(np.array([0.1]), 0.0, np.array([0.0, near, 0.2])) == near
+    # Sums of as many errors are rounded in several ways.
+    assert highest_losses(np.array([0.1]), 0.0, near + few) == near + few[-1]
     # Of many values one rounding apart none is meant more than its neighbors.
     dense = near + np.arange(-8, 9, dtype=np.float32) * np.spacing(near)
-    assert highest_losses(np.array([0.1]), 0.0, np.array([0.0, near, 0.2])) == near
     np.testing.assert_array_equal(highest_losses(np.array([0.1, 0.2]), 0.0, dense), [0.1, 0.2])
