@@ -9,6 +9,7 @@ adds to energies is predicted, and part of every error.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -51,6 +52,7 @@ def minibatch_ladder(
     keep_params: bool,
     labels: Callable[[Params], Int[Array, ""]] | None,
     progress: bool,
+    checkpoint: Path | None,
 ) -> Ladder:
     """Sample rungs up to the nbeta of `target` by SGLD with a control variate; see `temper` for what is the same.
 
@@ -101,8 +103,16 @@ def minibatch_ladder(
         kernel = SGLD(rung, step_size)
         center = jax.tree.map(lambda w: jnp.broadcast_to(w, (half, *w.shape)), position)
         runs = [
-            _run_from(run, run_key, kernel, start, num_burnin=num_draws // 4 * run.keywords["thinning"])
-            for run_key, start in zip(run_keys, (starts, center), strict=True)
+            _run_from(
+                run,
+                run_key,
+                kernel,
+                start,
+                num_burnin=num_draws // 4 * run.keywords["thinning"],
+                # Of as many draws: with more, rungs are others.
+                checkpoint=checkpoint and checkpoint / f"{num_draws}-draws" / f"rung-{len(nbetas)}" / name,
+            )
+            for name, run_key, start in zip(("base", "weights"), run_keys, (starts, center), strict=True)
         ]
         starts = runs[0].state.params
         nbetas.append(nbeta)
@@ -149,11 +159,11 @@ def minibatch_ladder(
     )
 
 
-def _run_from(run: Callable[..., Draws], key: Key[Array, ""], kernel: SGLD, starts: Params, **counts: Any) -> Draws:
+def _run_from(run: Callable[..., Draws], key: Key[Array, ""], kernel: SGLD, starts: Params, **settings: Any) -> Draws:
     """Run chains from weights of their own, (chain, ...)."""
     num_chains = len(jax.tree.leaves(starts)[0])
     state = SGLDState(jax.tree.map(jnp.asarray, starts), jnp.zeros(num_chains, int), None)
-    return run(key, kernel, previous=starting(kernel, state, np.ones(num_chains, bool)), **counts)
+    return run(key, kernel, previous=starting(kernel, state, np.ones(num_chains, bool)), **settings)
 
 
 @dataclass(frozen=True)

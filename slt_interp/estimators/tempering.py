@@ -67,7 +67,7 @@ def temper(
         keep_params: keep the weights of every rung and draw: they are what probes need, and memory.
         labels: `(params) -> int`, computed on every draw, splits volumes; see `Ladder.log_volume_by_label`.
         progress: whether to show progress bars.
-        checkpoint: a directory for draws and resumption, as in `sample`; not on minibatches.
+        checkpoint: a directory for draws and resumption, as in `sample`; on minibatches more draws are another run.
 
     Returns:
         A `Ladder`; `print` it for the verdict.
@@ -141,26 +141,23 @@ def ladders(
     init_loss = float(mean_over_blocks(partial(target.loss, target.position(params)), data, block_size))
     if not np.isfinite(init_loss):
         raise InputError(f"the loss is not finite at params, but {init_loss}: check loss_fn there")
-    if block_size is not None and checkpoint is not None:
-        raise InputError(
-            f"a ladder on more than {MAX_FULL_BATCH:,} examples runs on minibatches, and keeps no checkpoint: leave it "
-            "out, or give fewer examples"
-        )
     descent = descend(target, params, data, block_size)
     # Of all data, where a step on minibatches takes one of a batch.
     shared = descent.num_gradients / num_chains * (1 if block_size is None else num_examples(data) / BATCH_SIZE)
     place_key, run_key = jax.random.split(key)
+    folder = None if checkpoint is None else Path(checkpoint)
     if block_size is not None:
         settings = {"num_chains": num_chains, "keep_params": keep_params, "labels": labels, "progress": progress}
         spent = shared
         while True:
             # Its rungs are found on the way: with more draws they are others, and all are run again.
-            ladder = minibatch_ladder(run_key, target, params, data, init_loss, num_draws=num_draws, **settings)
+            ladder = minibatch_ladder(
+                run_key, target, params, data, init_loss, num_draws=num_draws, checkpoint=folder, **settings
+            )
             spent += ladder.gradients_per_chain
             yield replace(ladder, gradients_per_chain=spent, descent=descent)
             num_draws *= 2
     families = Families(params, data, num_chains // 2, progress)
-    folder = None if checkpoint is None else Path(checkpoint)
     kernel, starts, spent = place_rungs(place_key, target, families, folder)
     assert kernel is not None, "without a limit there is always a ladder"
     runs = None

@@ -1,5 +1,7 @@
 """A ladder by SGLD on minibatches against the exact law of a linear regression."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +9,10 @@ import pytest
 
 from slt_interp import Gaussian, analytic, temper
 from slt_interp.errors import InputError
+from slt_interp.estimators import minibatch_ladder
 from slt_interp.estimators.llc import OK
 from slt_interp.estimators.volume import tempered_volume
+from slt_interp.samplers import chains
 
 NUM_EXAMPLES, DIMENSION = 10_000, 4
 
@@ -105,7 +109,24 @@ def test_a_wall_that_all_chains_cross_is_an_error(key):
         temper(key, loss_fn, jnp.zeros(1), jnp.ones(9_000), **settings)
 
 
-def test_a_checkpoint_is_refused_in_one_sentence(problem, tmp_path):
-    settings = {"base": Gaussian(problem.center, 1.0), "max_nbeta": 10.0, "checkpoint": tmp_path}
-    with pytest.raises(InputError, match="runs on minibatches, and keeps no checkpoint"):
-        temper(jax.random.key(0), problem.loss_fn, problem.center, problem.data, **settings)
+def test_a_run_that_was_cut_short_goes_on_bit_for_bit(key, tmp_path, monkeypatch):
+    def loss_fn(w, batch):
+        return 0.5 * w[0] ** 2 * jnp.mean(batch)
+
+    settings = {"base": Gaussian(0.0, 1.0), "max_nbeta": 30.0, "num_chains": 4, "num_draws": 20, "progress": False}
+    ask = functools.partial(temper, key, loss_fn, jnp.zeros(1), jnp.ones(9_000), checkpoint=tmp_path, **settings)
+    whole, made, sample = temper(key, loss_fn, jnp.zeros(1), jnp.ones(9_000), **settings), [], minibatch_ladder.sample
+
+    def failing(*arguments, **counts):
+        made.append(counts)
+        if len(made) == 4:
+            raise KeyboardInterrupt
+        return sample(*arguments, **counts)
+
+    monkeypatch.setattr(minibatch_ladder, "sample", failing)
+    with pytest.raises(KeyboardInterrupt):
+        ask()
+    np.testing.assert_array_equal(ask().loss, whole.loss)
+    # What is finished is read, and no step is made.
+    monkeypatch.setattr(chains.DrawFiles, "append", None)
+    np.testing.assert_array_equal(ask().loss, whole.loss)
