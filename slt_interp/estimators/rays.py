@@ -11,6 +11,7 @@ few rays carry the whole mean: the effective sample size and the tail of the wei
 too small and its error, too.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -46,7 +47,7 @@ def ray_volume(
 
     Up to 512 weights A is the square root of the covariance of the tempered posterior of the quadratic loss with the Hessian
     at params, at the temperature where its mean excess loss is the geometric mean of the thresholds; in flat directions that
-    is the base measure. Beyond, A is the base measure's scale.
+    is the base measure. Beyond, A is the base measure's scale, as a warning says.
 
     Args:
         key: typed PRNG key.
@@ -102,9 +103,16 @@ def ray_volume(
     radii = np.asarray(crossings, np.float64)
     is_saturated = radii >= profile.end[:, None] * (1 - 1e-6)
     log_weights = _log_sphere(size) + log_det + profile.log_density + _log_radial(profile, radii, size)
-    return _conclude(
+    found = _conclude(
         log_weights, is_saturated.mean(axis=0), np.asarray(comes_back).mean(axis=0), thresholds, init_loss, profile
     )
+    if not precondition or size <= MAX_FULL:
+        return found
+    plain = (
+        f"params has {size} weights, and beyond {MAX_FULL} the Hessian does not make rays alike: method='tempering' or 'subset' "
+        "counts what they miss"
+    )
+    return replace(found, warnings=(*found.warnings, plain))
 
 
 MAX_FULL = 512
@@ -260,6 +268,7 @@ def _first_crossings(
 
     The radius is on the accepted side, and the end of the ray where the loss never leaves. Radii in a ratio of 1.3 are tried
     outward, and the first interval with a crossing is bisected: an excursion of the loss within one interval is overlooked.
+    Secants would save few losses where the loss is smooth, and need more where it jumps.
     """
     start, unravel = ravel_pytree(target.position(target.center))
     ratios = jnp.append(_RATIO ** -jnp.arange(_NUM_RADII - 1, 0, -1.0), 1.0)

@@ -63,6 +63,14 @@ def test_low_rank_quadratic_is_flagged_where_it_is_wrong(precondition, key):
     assert "a few long rays carry the mean" in found.warnings[0]
 
 
+def test_more_weights_than_a_whole_preconditioner_are_said(key):
+    def ask(**settings):
+        return ray_volume(key, nothing, jnp.zeros(513), None, [1.0], base=Gaussian(0.0, 1.0), num_rays=20, **settings).warnings
+
+    assert "params has 513 weights, and beyond 512 the Hessian does not make rays alike" in ask()[-1]
+    assert not any("513 weights" in sentence for sentence in ask(precondition=False))
+
+
 @pytest.mark.slow
 def test_box_and_off_center_gaussian_against_exact_masses(key):
     curvatures = [1.0, 2.0, 5.0, 10.0]
