@@ -109,8 +109,8 @@ def ray_volume(
     if not precondition or size <= MAX_FULL:
         return found
     plain = (
-        f"params has {size} weights, and beyond {MAX_FULL} the Hessian does not make rays alike: method='tempering' or 'subset' "
-        "counts what they miss"
+        f"params has {size} weights, and beyond {MAX_FULL} the Hessian does not make rays alike: use method='tempering' or "
+        "'subset', which count what they miss"
     )
     return replace(found, warnings=(*found.warnings, plain))
 
