@@ -106,7 +106,7 @@ class Config:
     """Examples on which interchange intervention accuracy is measured."""
     num_random: int = 8
     """Random rotations that show what interchange intervention accuracy is worth by chance."""
-    volume_thresholds: tuple[float, ...] = (0.1, 0.2, 0.3, 0.5, 1.0)
+    volume_thresholds: tuple[float, ...] = (0.03, 0.1, 0.3, 0.5, 1.0)
     """Nats above L*, increasing: what share of N(trained weights, 1 / localization) lies within them, by subset simulation."""
     volume_particles: int = 25
     """Particles of each of its seeds; the cost goes with their number and with -ln V of the smallest threshold."""
@@ -116,7 +116,7 @@ class Config:
     """At most so many of the largest thresholds are also reached by tempering, a second route."""
     volume_chains: int = 4
     """Chains of that ladder, an even number."""
-    volume_draws: int = 50
+    volume_draws: int = 120
     """Draws kept of each of them."""
     search_maps: tuple[str, ...] = ("rotation", "linear", "RevNet")
     """Maps that are searched at every site: rotation, which must be among them, linear and RevNet."""
@@ -181,7 +181,7 @@ FULL = replace(
     volume_particles=200,
     volume_tempered=7,
     volume_chains=8,
-    volume_draws=100,
+    volume_draws=200,
     search_sizes=(1, 2, 4, 8),
     search_steps=3000,
     search_restarts=20,
