@@ -5,8 +5,8 @@ wherever the scatter, integrated over log nbeta, has grown by a fixed amount: ne
 the base is annealed. Trial runs settle the steps, and put rungs between neighbors that hardly swap, or that lie in a
 first-order transition, where one family is in one phase and one in the other. All go on from where the last one ended.
 
-In many dimensions trajectories are longer: along a bent valley of a network's weights chains are the faster for it to forget
-where they were, for the same gradients.
+In many dimensions trajectories are longer: along a bent valley of a network's weights, chains then forget sooner where they
+were, for the same gradients.
 """
 
 from collections.abc import Callable
@@ -298,8 +298,8 @@ def _phase_parts(losses: list[Float[np.ndarray, "chain draw rung"]], nbetas: np.
     """Tell into how many parts gaps are divided where two phases coexist: one where there is one phase.
 
     Phases that differ by D in nbeta L swap places between neighbors with probability exp(-D (ratio of their nbetas - 1)); both
-    together scatter by D / 2. A gap gets a part for each unit of scatter, where the pilot allowed 1.4 of what one
-    phase scatters. Only above a rung at which the families agree is it a transition: below, one of them has not arrived.
+    together scatter by D / 2. A gap gets a part for each unit of scatter, where the pilot allowed 1.4 of what one phase
+    scatters. Only above a rung at which the families agree is it a transition: below, one of them has not arrived.
     """
     energies = [nbetas * np.where(np.isfinite(x), x, 0.0).reshape(-1, len(nbetas)).astype(np.float64) for x in losses]
     together = np.concatenate(energies).std(axis=0)

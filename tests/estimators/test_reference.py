@@ -45,8 +45,8 @@ def test_a_ball_holds_the_descent_at_its_wall():
         middle = (low + high) / 2
         low, high = (middle, high) if distance(middle) > radius else (low, middle)
     lowest = 3.0 + np.sum(STIFFNESS * (0.1 * STIFFNESS / (STIFFNESS + low) - 0.1) ** 2)
-    # The wall is approached: a loss a relative 1e-4 above it is 100 times better than what draws show.
-    assert lowest <= _found(Ball(0.0, radius)).loss == pytest.approx(lowest, rel=1e-4)
+    # A descent ends 1e-6 of the radius within the wall, and float32 rounds the loss.
+    assert lowest <= _found(Ball(0.0, radius)).loss == pytest.approx(lowest, rel=1e-6)
 
 
 @pytest.mark.parametrize("height", [0.0, 0.5, 0.99, 1.0])
