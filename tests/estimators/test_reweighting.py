@@ -128,8 +128,8 @@ def test_rungs_that_do_not_overlap_have_the_error_of_their_integral():
 @pytest.mark.parametrize("ratio", [4.0, 8.0, 16.0, 32.0])
 def test_errors_cover_from_rungs_that_overlap_to_rungs_that_do_not(ratio):
     nbetas, shape = np.concatenate([[0.0], ratio ** np.arange(4)]), 10.0
-    # At 4, of four gaps with a dozen draws in common each, an error is about sqrt(4 / 12), and chains tell it to a quarter. From
-    # 8 on neighbors have less than one draw in common, and what is known lies between rectangles.
+    # At 4, of four gaps with a dozen draws in common each, an error is about sqrt(4 / 12), and chains tell it to a quarter.
+    # From 8 on neighbors have less than one draw in common, and what is known lies between rectangles.
     heights = np.sum(np.diff(nbetas) * -np.diff(shape / (1 + nbetas)))
     scores = []
     for seed in range(50):
