@@ -41,7 +41,7 @@ def test_rotated_full_rank_quadratic_is_exact_with_the_whole_preconditioner(key)
     curvatures = np.geomspace(0.1, 100.0, 40)
     problem = analytic.quadratic(list(curvatures), key=jax.random.key(3))
     found = ray_volume(key, problem.loss_fn, problem.center, None, THRESHOLDS, base=problem.base)
-    # A radius is bisected to 3e-7 of it, and the loss rounded; 40 radii in the log. Rays differ where 1e-2 is not yet small.
+    # Radii are right to 1e-7, and the loss is rounded; 40 radii in the log. Rays differ where 1e-2 is not yet small.
     np.testing.assert_allclose(found.log_volume, log_ellipsoid_mass(THRESHOLDS, curvatures / 2, np.ones(40)), atol=2e-3)
     assert (found.status, found.warnings) == ("ok", ())
     plain = ray_volume(key, problem.loss_fn, problem.center, None, THRESHOLDS, base=problem.base, precondition=False)
@@ -61,6 +61,21 @@ def test_low_rank_quadratic_is_flagged_where_it_is_wrong(precondition, key):
     assert np.all(np.abs(found.log_volume - exact)[is_good] < 4 * found.std_error[is_good])
     assert np.any(~is_good)
     assert "a few long rays carry the mean" in found.warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "radius", "tolerance"),
+    [
+        # Three roundings of float32, of radius, weight and loss; then .3 / 2^14 of the radius, to which it is halved.
+        pytest.param(lambda w, batch: jnp.sum(w**4), 0.1**0.25, 4e-7, id="smooth"),
+        pytest.param(lambda w, batch: jnp.where(jnp.abs(w[0]) > 0.37, 1.0, 0.0), 0.37, 2e-5, id="jump"),
+        pytest.param(lambda w, batch: jnp.where(jnp.abs(w[0]) > 0.3, jnp.inf, w[0] ** 2), 0.3, 2e-5, id="infinite"),
+        pytest.param(lambda w, batch: jnp.where(jnp.abs(w[0]) > 0.3, jnp.nan, w[0] ** 2), 0.3, 2e-5, id="not a number"),
+    ],
+)
+def test_radius_is_where_the_loss_crosses_the_threshold(loss_fn, radius, tolerance, key):
+    found = ray_volume(key, loss_fn, jnp.zeros(1), None, [0.1, 0.2], base=Box(-1.0, 1.0), num_rays=20)
+    assert found.log_volume[0] == pytest.approx(np.log(radius), abs=tolerance)
 
 
 def test_more_weights_than_a_whole_preconditioner_are_said(key):

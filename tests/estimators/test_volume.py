@@ -47,9 +47,9 @@ def test_gaussian_at_a_saddle_is_not_trusted(key):
 def test_methods_agree_on_a_regular_problem(method, key):
     problem = analytic.quadratic([3.0, 1.0, 0.3])
     found = estimate_volume(key, problem.loss_fn, problem.center, None, [1e-3, 1e-2], base=problem.base, method=method)
-    # Three radii in the log, each bisected to .3 / 2^20 of it; a loss of some seven float32 roundings, 4e-7, is half of that in
-    # a radius. The Gaussian has no error but float64's.
-    rounding = 3 * (0.3 / 2**20 + 2e-7)
+    # Three radii in the log, each of two float32 roundings; a loss of some seven, 4e-7, is half of that in a radius. The
+    # Gaussian has no error but float64's.
+    rounding = 3 * (1.2e-7 + 2e-7)
     exact = np.array([problem.log_volume(t) for t in (1e-3, 1e-2)])
     assert np.all(np.abs(found.log_volume - exact) < 4 * found.std_error + rounding)
 
