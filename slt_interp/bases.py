@@ -127,10 +127,14 @@ class Box:
 
         def fold(w: Array, v: Array, low: Real, high: Real) -> tuple[Array, Array]:
             free = (w + time * v).astype(w.dtype)
-            phase = jnp.mod((free - low) / (high - low), 2.0)
-            folded = jnp.clip(low + (high - low) * (1 - jnp.abs(1 - phase)), low, high).astype(w.dtype)
+            width, depth = high - low, free - low
+            # Differences of near numbers, so that no number near a wall is rounded to the wall.
+            lengths = jnp.floor(depth / width)
+            is_turned = jnp.mod(lengths, 2.0) == 1
+            folded = jnp.where(is_turned, (lengths + 1) * width - depth, depth - lengths * width)
+            folded = jnp.clip(low + folded, low, high).astype(w.dtype)
             inside = (free >= low) & (free <= high)
-            return jnp.where(inside, free, folded), jnp.where(inside | (phase <= 1), v, -v)
+            return jnp.where(inside, free, folded), jnp.where(inside | ~is_turned, v, -v)
 
         moved = _map(fold, params, velocity, self.low, self.high)
         return jax.tree.transpose(jax.tree.structure(params), jax.tree.structure((0, 0)), moved)

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from slt_interp.bases import FloatGrid
+from slt_interp.bases import Box, FloatGrid
 
 FORMATS = {"float16": jnp.float16, "bfloat16": jnp.bfloat16}
 
@@ -64,3 +64,11 @@ def test_float32_grid_across_zero_is_wider_than_31_bits(key):
     assert abs(np.mean(np.abs(draws) < 1) - np.float32(1).view(np.int32) / np.float32(3e38).view(np.int32)) < 4 * 0.5 / np.sqrt(
         1000
     )
+
+
+def test_paths_fold_at_the_walls_of_a_box_without_rounding_to_them():
+    # In units of float32's spacing around 1, far below it around 0.
+    base, start, speed = Box(0.0, 1.0), jnp.array([1e-9, 0.75, 0.5, 2e-12]), jnp.array([-3.0, 0.5, -2.25, -1.0])
+    position, velocity = base.move(start, speed * jnp.array([1e-9, 1.0, 1.0, 1e-11]), 1.0, jnp.ones(4))
+    np.testing.assert_allclose(position, [2e-9, 0.75, 0.25, 8e-12], rtol=1e-6)
+    np.testing.assert_array_equal(jnp.sign(velocity), [1.0, -1.0, -1.0, 1.0])

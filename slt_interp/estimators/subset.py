@@ -1,14 +1,13 @@
 """Volumes by subset simulation: a population descends through nested sublevel sets of the loss.
 
-Particles are drawn from the base measure. The level below which a fifth of them lie is the next one: those survive, are
-copied to full number, and are moved within the new sublevel set (`walks`) until they have forgotten each other. log V of
-a level is the sum of the logs of these fractions, and one descent tells V at every threshold on the way, each from the
-particles of the level above it.
+Particles are drawn from the base measure. The loss that a fifth of them lie strictly below is the next level: those survive,
+are copied to full number, and are moved within the new sublevel set (`walks`). V of a level is the product of these fractions,
+and one descent tells V at every threshold on the way, each from the particles of the level above it.
 
-The fraction below an order statistic is a random number whose log is smaller in the mean than the log of the fraction
-by half its relative variance: this is taken off, so that log V of one seed is unbiased to first order. Copies that
-moved too little are alike, and their fractions vary more; the variance is taken between families of copies. `descents` makes
-one answer of all seeds.
+Given the level, what lies strictly below it is as if drawn from there; the particle at the level, and those that tie with it,
+are not, and go. So V is right in the mean where moves forget where they began, and nearly so where they do not quite; its log
+is too small in the mean by half its variance, which copies that moved too little make larger. `descents` measures the variance,
+and makes one answer of all seeds.
 """
 
 from collections.abc import Callable
@@ -66,13 +65,14 @@ def subset_simulation(
         num_particles: particles of a seed.
         num_seeds: independent seeds of a round, at least 3.
         num_moves: moves of `walks.NUM_STEPS` steps between two levels.
-        precision: standard error to reach, nats, or a tenth of it times |log V| where that is larger.
+        precision: standard error between seeds to reach, nats, or a tenth of it times |log V| where that is larger.
         max_rounds: rounds at most.
         progress: whether to show a progress bar.
 
     References:
         Au and Beck (2001), Estimation of small failure probabilities in high dimensions by subset simulation.
-        Cerou, Del Moral, Furon and Guyader (2012), Sequential Monte Carlo for rare event estimation (bias and variance).
+        Brehier, Gazeau, Goudenege, Lelievre and Rousset (2016), Unbiasedness of some generalized adaptive multilevel splitting
+        algorithms (why the particle at the level must go, and ties with it).
 
     >>> from slt_interp import Gaussian
     >>> found = subset_simulation(jax.random.key(0), lambda w, batch: jnp.sum(w**2) / 2, jnp.zeros(2), None, [1.0],
@@ -113,7 +113,7 @@ def subset_simulation(
         for i in range(max_rounds):
             seeds = jnp.arange(i * num_seeds, (i + 1) * num_seeds)
             rounds.append(descend(jax.vmap(partial(jax.random.fold_in, key))(seeds), bar=bar))
-            value, error, _, _ = combine(rounds)
+            value, error, *_ = combine(rounds)
             # Thresholds that cannot be reached have no error to make smaller.
             if np.all(~(error > precision * np.maximum(1.0, np.abs(value) / 10))):
                 break
@@ -170,14 +170,14 @@ def _descend(
 ) -> Descents:
     num_seeds = len(keys)
     shape = (num_seeds, len(thresholds))
-    found = Descents(np.full(shape, np.nan), np.full(shape, np.nan), np.full(shape, np.nan), {}, np.inf, 0, 0, np.nan)
+    found = Descents(*(np.full(shape, np.nan) for _ in range(3)), np.empty((num_seeds, 0)), {}, np.inf, 0, 0, np.nan)
     particles = _begin(shared, keys, num_particles=num_particles, block_size=block_size, mesh=mesh)
     steps = jnp.full(num_seeds, _FIRST_STEP)
     families = np.tile(np.arange(num_particles), (num_seeds, 1))
     above, total = np.full(num_seeds, np.inf), np.zeros((3, num_seeds))
     # High enough for any value that a threshold may mean; which particles are inside is decided where all are seen.
     tops = thresholds + same_loss(init_loss + thresholds)
-    active, shares = np.ones(num_seeds, bool), []
+    active, shares, marks = np.ones(num_seeds, bool), [], []
     for depth in range(_MAX_LEVELS):
         # Levels are losses that occurred, compared in their own precision; only thresholds are relative to params.
         losses = np.asarray(particles.loss)
@@ -193,23 +193,25 @@ def _descend(
             if not inside.any():
                 continue
             p, variance, independent = _fraction(inside, families[s])
-            # All of the base measure is known to be inside where all particles are.
-            found.log_volume[s, t] = total[0, s] + np.log(p) + (variance / 2 if p < 1 else 0.0)
+            found.log_volume[s, t] = total[0, s] + np.log(p)
             found.variance[s, t] = total[1, s] + variance
             found.independent[s, t] = total[2, s] + independent
             if names is not None:
                 found.labels[s, t] = np.unique(np.asarray(names)[s][inside], return_counts=True)
+        for m, mark in enumerate(marks):
+            for s in np.flatnonzero(active & (below < mark) & (mark <= above)):
+                found.marks[s, m] = total[0, s] + np.log(np.mean(excess[s] <= mark))
         for s in np.flatnonzero(active):
-            inside = losses[s] <= levels[s]
-            p, variance, independent = _fraction(inside, families[s])
-            # A level between ties is a level given beforehand, and its fraction errs the other way.
-            is_order_statistic = np.sum(losses[s] == levels[s]) == 1
-            correction = -variance / 2 - 1 / num_particles if is_order_statistic else variance / 2
-            total[:, s] += np.log(p) + correction, variance, independent
+            p, variance, independent = _fraction(losses[s] <= levels[s], families[s])
+            total[:, s] += np.log(p), variance, independent
         is_stuck = ~np.isfinite(levels) | (_spread(losses) <= ROUNDING * np.abs(losses).min(axis=1))
-        active = active & (below > tops[0]) & ~is_stuck
+        active = active & (below >= tops[0]) & ~is_stuck
         if not active.any() or depth == _MAX_LEVELS - 1:
             break
+        if depth % _BLOCK == _BLOCK - 1 and active.all():
+            # Every seed comes by there, at the next level or at a later one.
+            marks.append(below[active].min())
+            found = found._replace(marks=np.pad(found.marks, ((0, 0), (0, 1)), constant_values=np.nan))
         above = below
         depth_keys = jax.vmap(lambda key, depth=depth: jax.random.fold_in(key, depth + 1))(keys)
         particles, families, steps, progress = _advance(
@@ -228,6 +230,8 @@ def _descend(
 
 
 _FIRST_STEP = 0.7
+_BLOCK = 16
+"""Levels from one mark to the next: more than copies remember, but which of several basins they are in."""
 
 
 @partial(jax.jit, static_argnames=("num_particles", "block_size", "mesh"))
@@ -319,10 +323,14 @@ def _labels(walk: Reflective | GridWalk, positions: Any, *, labels: Callable[[Pa
 
 
 def _next_level(losses: Float[np.ndarray, " particle"]) -> float:
-    """Take the loss below which a fifth lie; where the higher ones tie with it, the largest below the tie, if any."""
-    level = np.partition(losses, int(_FRACTION * len(losses)) - 1)[int(_FRACTION * len(losses)) - 1]
-    lower = losses[losses < level]
-    return lower.max() if level == losses.max() and len(lower) else level
+    """Take the largest float below the loss that a fifth lie below, or that loss itself where none does."""
+    count = int(_FRACTION * len(losses))
+    level = np.partition(losses, count)[count]
+    if not np.any(losses < level):
+        return level
+    under, tiny = np.nextafter(level, -np.inf, dtype=level.dtype), np.finfo(level.dtype).tiny
+    # Subnormal numbers are 0 to XLA.
+    return under if abs(under) >= tiny else level.dtype.type(-tiny if level <= 0 else 0)
 
 
 def _spread(losses: Float[np.ndarray, "seed particle"]) -> Float[np.ndarray, " seed"]:

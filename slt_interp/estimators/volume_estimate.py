@@ -29,7 +29,7 @@ class VolumeEstimate:
         status: "ok", "do not trust" or "refused" (some threshold has no number): the worst over thresholds.
         warnings: every reason for doubt, with the knob to turn.
         diagnostics: numbers behind the warnings, and what the estimate cost.
-        per_seed: (seed, threshold), nats, where independent runs were made; None otherwise.
+        per_seed: (seed, threshold), nats, where independent runs were made, corrected as their mean is; None otherwise.
         by_label: for every label seen, log volumes of the weights that have it and their standard errors; empty without labels.
         is_count: whether the base measure counts configurations.
     """

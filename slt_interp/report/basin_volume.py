@@ -68,7 +68,7 @@ def volume_sentences(results: Results) -> tuple[str, ...]:
     if len(known):
         diagnostics = volume["subset"]["diagnostics"]
         found.append(
-            f"Bars are two standard errors, of {diagnostics['num_seeds']} seeds and their families of copies; what is counted is "
+            f"Bars are two standard errors, from {diagnostics['num_seeds']} seeds, each a short line; what is counted is "
             f"{volume['subset']['counted']}."
         )
     return tuple(found)

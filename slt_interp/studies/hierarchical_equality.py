@@ -108,7 +108,7 @@ class Config:
     """Random rotations that show what interchange intervention accuracy is worth by chance."""
     volume_thresholds: tuple[float, ...] = (0.03, 0.1, 0.3, 0.5, 1.0)
     """Nats above L*, increasing: what share of N(trained weights, 1 / localization) lies within them, by subset simulation."""
-    volume_particles: int = 25
+    volume_particles: int = 40
     """Particles of each of its seeds; the cost goes with their number and with -ln V of the smallest threshold."""
     volume_seeds: int = 4
     """Its independent seeds."""

@@ -9,6 +9,7 @@ from slt_interp.analytic.products import Product
 from slt_interp.bases import Ball, Box, FloatGrid, Gaussian
 from slt_interp.errors import InputError
 from slt_interp.estimators import subset
+from slt_interp.estimators.descents import Descents, combine
 from slt_interp.estimators.subset import subset_simulation
 from slt_interp.estimators.volume_estimate import highest_losses
 from slt_interp.estimators.walks import Particle, Reflective
@@ -92,7 +93,7 @@ def test_volumes_are_exact_within_their_errors(problem, key):
     assert (found.status, found.warnings) == ("ok", ())
     assert np.all(np.diff(found.log_volume) > 0)
     assert np.all(np.diff(found.per_seed, axis=1) > 0)
-    assert np.all((found.std_error > 0) & (found.std_error < 0.5))
+    assert np.all((found.std_error > 0) & (found.std_error < 0.7))
 
 
 @pytest.mark.slow
@@ -109,6 +110,86 @@ def test_volumes_are_as_accurate_as_promised(problem, key):
     exact = np.array([problem.log_volume(t) for t in THRESHOLDS])
     assert agrees(found, exact)
     assert np.all(found.std_error < np.maximum(0.1, 0.01 * np.abs(exact)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("num_particles", "num_moves"), [(50, 8), (100, 2)])
+def test_the_log_of_a_volume_that_is_right_in_the_mean_is_corrected(num_particles, num_moves, key, monkeypatch):
+    problem, rounds = analytic.quadratic([float(h) for h in np.geomspace(0.1, 100.0, 20)]), []
+    monkeypatch.setattr(subset, "conclude", lambda found, *others: rounds.extend(found))
+    run = {"num_particles": num_particles, "num_moves": num_moves, "precision": 0.0, "max_rounds": 25, **QUIET}
+    subset_simulation(key, problem.loss_fn, problem.center, None, [1e-3], base=problem.base, **run)
+    exact, together = problem.log_volume(1e-3), combine(rounds)
+    raw = np.concatenate([found.log_volume for found in rounds]).mean()
+    # Of 100 seeds, whose mean alone would be wrong.
+    assert abs(together.log_volume[0] - exact) < 4 * together.std_error[0] + together.bias_error[0]
+    assert exact - raw > 4 * together.spread[0] / 10
+    # Four seeds know their error; and pieces of the way tell the variance better than its ends do.
+    each = [combine([found]) for found in rounds]
+    z = [(found.log_volume[0] - exact) / np.hypot(found.std_error[0], found.bias_error[0]) for found in each]
+    assert np.sum(np.square(z)) < stats.chi2(25).isf(1e-3)
+    by_pieces = [2 * (found.log_volume[0] - r.log_volume.mean()) for found, r in zip(each, rounds, strict=True)]
+    assert np.std(by_pieces) < 0.7 * np.std([found.spread[0] ** 2 for found in each])
+
+
+def test_variance_adds_up_over_pieces_between_marks():
+    rng = np.random.default_rng(0)
+    steps = rng.standard_normal((4, 400, 4)) - 5
+    log_volume = np.cumsum(steps.sum(axis=2), axis=1)
+    known = Descents(log_volume[:, -1:], *np.zeros((2, 4, 1)), log_volume[:, :-1], {}, 0.0, 0, 0, 1.0)
+    found = combine([known])
+    # 400 pieces of variance 4 from four seeds: 1200 degrees of freedom. Without marks there would be 3.
+    variance = 2 * (found.log_volume[0] - log_volume[:, -1].mean())
+    assert abs(variance - 1600) < 4 * 1600 * np.sqrt(2 / 1200)
+    assert found.bias_error[0] == pytest.approx(0.3 * variance / 2)
+    # The error of half the variance; the mean of squared variances, each of 3 degrees of freedom, is 5 / 3 of the variance's.
+    of_variance = found.std_error[0] ** 2 - max(variance, found.spread[0] ** 2) / 4
+    assert of_variance == pytest.approx(1600**2 / 4 * 2 / 1200 * 5 / 3, rel=0.4)
+    # What is below a threshold has no say in it.
+    halfway = known._replace(log_volume=log_volume[:, 199:200])
+    assert 2 * (combine([halfway]).log_volume[0] - log_volume[:, 199].mean()) < 0.75 * variance
+
+
+@pytest.mark.parametrize(
+    ("losses", "level"),
+    [
+        # A fifth of ten lie strictly below the third.
+        ([9, 8, 7, 6, 5, 4, 3, 2, 1, 0], np.nextafter(np.float32(2), np.float32(0))),
+        # Ties with it go, and few are left.
+        ([5, 5, 5, 5, 5, 5, 5, 5, 5, 1], np.nextafter(np.float32(5), np.float32(0))),
+        # What is lowest of all is the last level.
+        ([9, 8, 7, 6, 1, 1, 1, 1, 1, 1], 1.0),
+        ([3] * 10, 3.0),
+        # XLA takes subnormal numbers for 0.
+        ([1, 1, 1, 1, 1, 1, 1, 0, -1, -1], -np.finfo(np.float32).tiny),
+        ([1, 1, 1, 1, 1, 1, 1, np.finfo(np.float32).tiny, -1, -1], 0.0),
+    ],
+)
+def test_next_level_is_below_the_loss_that_a_fifth_lie_below(losses, level):
+    found = subset._next_level(np.array(losses, np.float32))
+    assert found.dtype == np.float32
+    assert found == level
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shift", [0.0, 6.0])
+def test_a_loss_of_few_values_around_0_is_counted_right(shift, key):
+    def num_errors(w, batch):
+        return jnp.sum((w < 0).astype(jnp.float32)) - shift
+
+    found = subset_simulation(key, num_errors, jnp.ones(20), None, [2.5], base=Gaussian(0.0, 1.0), max_rounds=3, **QUIET)
+    assert agrees(found, stats.binom(20, 0.5).logcdf([2.0]))
+
+
+@pytest.mark.slow
+def test_a_loss_of_few_values_is_counted_right_all_the_way_down(key):
+    # Each value holds a part of .316 of the one above: of a hundred particles about as often as not a tenth lies below the tie.
+    def steps(w, batch):
+        return -jnp.floor(jnp.log(jnp.maximum(jnp.abs(w[0]), 1e-30)) / np.log(0.316))
+
+    run = {"base": Box(-1.0, 1.0), "num_particles": 100, "num_seeds": 40, "max_rounds": 1, **QUIET}
+    found = subset_simulation(key, steps, jnp.full(1, 0.316**20.5), None, [8.5], **run)
+    assert agrees(found, 12 * np.log(0.316))
 
 
 @pytest.mark.parametrize(
@@ -175,6 +256,14 @@ def test_float_grid_counts_what_brute_force_counts(center, radius, key):
 
 
 @pytest.mark.slow
+def test_a_set_at_the_wall_of_a_box_is_counted(key):
+    found = subset_simulation(
+        key, slope, jnp.zeros(3), None, [1e-8, 1e-4], base=Box(0.0, 1.0), num_particles=200, max_rounds=1, **QUIET
+    )
+    assert agrees(found, 3 * np.log([1e-8, 1e-4]) - np.log(6))
+
+
+@pytest.mark.slow
 def test_threshold_below_the_lowest_loss_is_refused_and_says_so(key):
     found = subset_simulation(
         key,
@@ -208,7 +297,6 @@ def test_moves_too_few_and_short_are_found_out(key):
         max_rounds=1,
         **QUIET,
     )
-    assert found.log_volume[0] < problem.log_volume(1e-1) or np.isnan(found.log_volume[0])
     assert found.status != "ok"
     assert "num_moves" in found.warnings[0]
 

@@ -3,10 +3,11 @@
 Given b the loss is a quadratic of a, which integrates out under the base measure N(0, I): with F the features of the units, a
 row each, b has the density exp(-|b|^2 / 2) det(1 + nbeta F F^T)^(-1/2), and nbeta L the conditional mean tr(nbeta F F^T (1 +
 nbeta F F^T)^-1) / 2. Few numbers are left, which Metropolis moves of all sizes mix well, near singularities too: so energies
-are known to .001 at temperatures far below those that a sampler of all weights reaches.
+are known to .2 % at temperatures far below those that a sampler of all weights reaches.
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -67,9 +68,10 @@ def sweep(key, log_nbeta, b, features, num_readings):
         return -half_log_det(log_nbeta, b, features) - 0.5 * b @ b
 
     def move(b, key):
-        there, jacobian = propose(key, b)
+        there_key, accept_key = jax.random.split(key)
+        there, jacobian = propose(there_key, b)
         log_ratio = log_density(there) - log_density(b) + jacobian
-        return jnp.where(jnp.log(jax.random.uniform(jax.random.fold_in(key, 0))) < log_ratio, there, b), None
+        return jnp.where(jnp.log(jax.random.uniform(accept_key)) < log_ratio, there, b), None
 
     def read(b, key):
         keys = jax.vmap(lambda key: jax.random.split(key, 10))(jax.random.split(key, len(b)))
@@ -81,7 +83,7 @@ def sweep(key, log_nbeta, b, features, num_readings):
 
 @functools.cache
 def energies(name, largest, num_readings=100):
-    """Log nbeta, two to each factor of 10 from 1 on, energies and their errors between chains; each starts where the last ended."""
+    """Log nbeta, two to a factor of 10 from 1 on, energies and errors between chains, which start where the last ones ended."""
     with jax.enable_x64(True):
         b = jax.random.normal(jax.random.key(0), (NUM_CHAINS, *catalogue()[name].center["b"].shape))
         log_nbetas, found = np.log(10) * np.arange(0, np.log10(largest) + 0.1, 0.5), []
@@ -114,11 +116,13 @@ def test_a_ladder_has_the_energies_of_chains_of_the_features_alone(name, key):
 
 
 @pytest.mark.parametrize("relative", [0.01, 0.002])
-@pytest.mark.parametrize(("name", "coefficient"), [("tanh network with 4 units", 1.0), ("Vandermonde with 6 units, gap 1", 1.5)])
-def test_exact_energies_up_to_an_nbeta_of_1e9_do_not_tell_these_double_poles(name, coefficient, relative):
+@pytest.mark.parametrize(
+    ("name", "coefficient"), [("tanh network with 4 units", 1.0), ("Vandermonde with 6 units, gap 1", 1.5)]
+)
+def test_energies_known_to_a_part_in_500_up_to_an_nbeta_of_1e9_do_not_tell_these_double_poles(name, coefficient, relative):
     log_nbetas, mean, _ = energies(name, 1e9)
     curve, t = CubicSpline(log_nbetas, mean), np.log(np.geomspace(30.0, 1e9, 12))
-    increments = np.array([curve.integrate(*ends) for ends in zip(t[:-1], t[1:], strict=True)])
+    increments = np.array([curve.integrate(*ends) for ends in itertools.pairwise(t)])
     errors = relative * np.concatenate([curve(t), np.sqrt(np.diff(t)) * curve(t[1:])])
     found = fit_coefficient(t, curve(t), increments, np.diag(errors**2))
     assert not found.is_resolved
