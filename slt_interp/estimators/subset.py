@@ -169,8 +169,8 @@ def _descend(
     bar: tqdm,
 ) -> Descents:
     num_seeds = len(keys)
-    shape = (num_seeds, len(thresholds))
-    found = Descents(*(np.full(shape, np.nan) for _ in range(3)), np.empty((num_seeds, 0)), {}, np.inf, 0, 0, np.nan)
+    unknown = np.full((3, num_seeds, len(thresholds)), np.nan)
+    found = Descents(unknown[0], unknown[1], unknown[2], np.empty((num_seeds, 0)), {}, np.inf, 0, 0, np.nan)
     particles = _begin(shared, keys, num_particles=num_particles, block_size=block_size, mesh=mesh)
     steps = jnp.full(num_seeds, _FIRST_STEP)
     families = np.tile(np.arange(num_particles), (num_seeds, 1))
@@ -179,7 +179,7 @@ def _descend(
     tops = thresholds + same_loss(init_loss + thresholds)
     active, shares, marks = np.ones(num_seeds, bool), [], []
     for depth in range(_MAX_LEVELS):
-        # Levels are losses that occurred, compared in their own precision; only thresholds are relative to params.
+        # Levels are compared with losses in their own precision; only thresholds are relative to params.
         losses = np.asarray(particles.loss)
         losses = np.where(np.isfinite(losses), losses, np.inf)
         excess = losses.astype(np.float64) - init_loss
