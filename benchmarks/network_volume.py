@@ -54,8 +54,8 @@ class Config:
     num_chains: int = 4
     num_draws: tuple[int, ...] = (120, 800, 50)
     """Of tempering, under each base."""
-    num_particles: tuple[int, ...] = (25, 400, 25)
-    """Of a seed of subset simulation, under each base: with too few the volume reads too small."""
+    num_particles: tuple[int, ...] = (40, 200, 25)
+    """Of a seed of subset simulation, under each base: errors fall with their number."""
     num_descents: int = 4
     """Independent seeds within a call of subset simulation, of one round."""
     num_examples: int = 4096
