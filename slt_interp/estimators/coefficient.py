@@ -260,7 +260,8 @@ _TINY = 1e-300
 _OFFSET, _OFFSET_SPREAD, _NUM_OFFSETS = 4.5, 0.6, 81
 """The posterior leaves the base at the first rung, where log Z is still of order 1: f has its zero not far below it.
 
-The numbers are of the catalogue's double poles, where it lies 2 to 8 below: a summary of known problems, not a derivation.
+The numbers are of the catalogue's double poles, in half of which it lies 3 to 7 below, in all from 1 above to 14 below: a
+summary of known problems, not a derivation.
 """
 
 _RESOLVED, _MIN_PROBABILITY = 0.95, 1e-3
