@@ -177,7 +177,7 @@ def _by_label(
 
 
 _BIAS_ERROR = 0.3
-"""As a part of half the variance: what that was off in a quadratic of 60 dimensions with 100 particles and 8 moves."""
+"""As a part of half the variance: about what that is off in a quadratic of 60 dimensions with 100 particles and 8 moves."""
 
 _TORN, _TORN_RATIO = 3.0, 4.0
 """Between seeds, in nats and as a multiple of what is expected: no number is given."""

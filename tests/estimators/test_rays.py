@@ -115,6 +115,13 @@ def test_pareto_k_is_that_of_arviz():
     assert pareto_k(weights) == pytest.approx(float(arviz.psislw(np.log(weights))[1]), abs=0.02)
 
 
+def test_pareto_k_of_weights_that_hardly_differ_knows_no_scale():
+    ks = [pareto_k(np.append(np.ones(18), np.full(2, largest))) for largest in (1.0, 1.0 + 2.0**-52, 2.0)]
+    assert ks[0] == -np.inf
+    assert 0 < ks[1] < np.inf
+    assert ks[1] == pytest.approx(ks[2])
+
+
 @pytest.mark.parametrize(
     ("base", "message"),
     [
